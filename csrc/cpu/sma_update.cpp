@@ -1,0 +1,96 @@
+// Sampling-then-moving average over a list of tensors, one pass:
+//     slow <- slow + alpha * (fast - slow);  fast <- slow where reset
+// Reads slow and fast once, writes slow once and fast once where reset: 16 bytes an element in fp32.
+// The whole list is one parallel region over fixed chunks, so that threads share the bytes evenly whatever the
+// shapes. Takes slow fp32 with fast fp32, bf16 or fp64, and slow fp64 with fast fp64; tensors must be dense, and
+// the two of a pair laid out alike. Arithmetic is in fp32, or in fp64 where fast is fp64.
+#include "cpu/simd.h"
+
+namespace lic_fast {
+namespace {
+
+constexpr int64_t kChunk = 1 << 16;
+
+struct Chunk {
+  void* slow;
+  void* fast;
+  int64_t n;
+  int32_t code;  // which pair of dtypes
+};
+
+enum Pair : int32_t { kF32F32, kF32BF16, kF32F64, kF64F64 };
+
+template <class Slow, class Fast, class Acc>
+LIC_FAST_INLINE void average(void* slow_ptr, void* fast_ptr, int64_t n, double alpha_in, bool reset) {
+  Slow* __restrict__ slow = static_cast<Slow*>(slow_ptr);
+  Fast* __restrict__ fast = static_cast<Fast*>(fast_ptr);
+  const Acc alpha = static_cast<Acc>(alpha_in);
+  if (reset) {
+    for (int64_t i = 0; i < n; ++i) {
+      const Acc old = convert<Acc>(slow[i]);
+      const Slow value = convert<Slow>(old + alpha * (convert<Acc>(fast[i]) - old));
+      slow[i] = value;
+      fast[i] = convert<Fast>(value);
+    }
+  } else {
+    for (int64_t i = 0; i < n; ++i) {
+      const Acc old = convert<Acc>(slow[i]);
+      slow[i] = convert<Slow>(old + alpha * (convert<Acc>(fast[i]) - old));
+    }
+  }
+}
+
+template <class Isa>
+LIC_FAST_INLINE void run_chunk_body(const Chunk& c, double alpha, bool reset) {
+  switch (c.code) {
+    case kF32F32: return average<float, float, float>(c.slow, c.fast, c.n, alpha, reset);
+    case kF32BF16: return average<float, BFloat16, float>(c.slow, c.fast, c.n, alpha, reset);
+    case kF32F64: return average<float, double, double>(c.slow, c.fast, c.n, alpha, reset);
+    default: return average<double, double, double>(c.slow, c.fast, c.n, alpha, reset);
+  }
+}
+
+LIC_FAST_SIMD_VARIANTS(run_chunk, (const Chunk& c, double alpha, bool reset), (c, alpha, reset));
+
+int32_t pair_code(const Tensor& slow, const Tensor& fast) {
+  const int32_t s = dtype_code(slow), f = dtype_code(fast);
+  if (s == kFloat32 && f == kFloat32) return kF32F32;
+  if (s == kFloat32 && f == kBFloat16) return kF32BF16;
+  if (s == kFloat32 && f == kFloat64) return kF32F64;
+  STD_TORCH_CHECK(s == kFloat64 && f == kFloat64, "sma_update_: a pair of dtypes that the C++ kernel does not read");
+  return kF64F64;
+}
+
+void sma_update_(std::vector<Tensor> slow, std::vector<Tensor> fast, double alpha, bool reset) {
+  check_same_length(slow.size(), fast.size());
+  std::vector<Chunk> chunks;
+  int64_t total = 0;
+  for (size_t t = 0; t < slow.size(); ++t) {
+    check_same_numel(slow[t], fast[t]);
+    const int64_t n = slow[t].numel();
+    const int32_t code = pair_code(slow[t], fast[t]);
+    char* s = static_cast<char*>(slow[t].mutable_data_ptr());
+    char* f = static_cast<char*>(fast[t].mutable_data_ptr());
+    const int64_t s_size = slow[t].element_size(), f_size = fast[t].element_size();
+    for (int64_t begin = 0; begin < n; begin += kChunk) {
+      chunks.push_back({s + begin * s_size, f + begin * f_size, std::min(kChunk, n - begin), code});
+    }
+    total += n;
+  }
+  const int64_t count = static_cast<int64_t>(chunks.size());
+  const int64_t grain = total < kChunk ? std::max<int64_t>(count, 1) : 1;  // small lists stay on one thread
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) run_chunk(chunks[c], alpha, reset);
+  });
+}
+
+}  // namespace
+}  // namespace lic_fast
+
+STABLE_TORCH_LIBRARY_FRAGMENT(lic_fast_cpp, m) {
+  m.def("sma_update_(Tensor(a!)[] slow, Tensor(b!)[] fast, float alpha, bool reset) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lic_fast_cpp, CPU, m) {
+  m.impl("sma_update_", TORCH_BOX(&lic_fast::sma_update_));
+}

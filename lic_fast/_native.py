@@ -1,0 +1,58 @@
+"""Loads the native libraries, once, and says why one is not usable. The only module that does."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import _build
+
+MEND_CPP = "lic-fast build"
+MEND_CUDA = "LIC_FAST_BUILD=cuda lic-fast build"
+
+
+def library_path(backend: str) -> Path:
+    """Where the library of `backend` ("cpp" or "cuda") lies once it is built."""
+    return _build.PACKAGE / f"{_build.LIBRARIES[backend]}.abi3.so"
+
+
+@functools.cache
+def build_info() -> dict[str, Any]:
+    """What was built from what, as recorded by the build; empty where there is no record."""
+    path = _build.PACKAGE / "_build_info.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+@functools.cache
+def _load(backend: str) -> str | None:
+    """Loads a library; returns None, or the reason it cannot be used."""
+    path = library_path(backend)
+    if not path.is_file():
+        recorded = build_info().get("libraries", {}).get(backend, "never built")
+        return f"{path.name} is not built ({recorded}); run: {MEND_CUDA if backend == 'cuda' else MEND_CPP}"
+    if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < _build.TORCH_TARGET:
+        return f"torch {torch.__version__} is older than the libraries' 2.10; run: pip install --upgrade torch"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"{path.name} does not load ({str(error).splitlines()[0]}); run: {MEND_CPP}"
+    return None
+
+
+def why_not(backend: str, device: str) -> str | None:
+    """The reason the library of `backend` cannot run on `device`, or None where it can."""
+    if backend == "cuda":
+        if torch.version.cuda is None:
+            return f"torch {torch.__version__} is built without CUDA; run: pip install torch"
+        if not torch.cuda.is_available():
+            return "no CUDA device is visible"
+    return _load(backend)
+
+
+def op(backend: str, name: str) -> Any:
+    """The native op `name` of a loaded library."""
+    return getattr(getattr(torch.ops, f"lic_fast_{backend}"), name)

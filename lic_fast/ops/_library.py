@@ -1,0 +1,39 @@
+"""The torch.library namespace of lic_fast, and what the ops share: defining, and laying tensors out alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("lic_fast", "DEF")
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def define(schema: str, function: Callable, fake: Callable) -> None:
+    """Defines lic_fast::<schema> with one implementation for every device, and its fake."""
+    name = schema.split("(", 1)[0]
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lic_fast::{name}", fake, lib=LIBRARY)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one stretch of memory, each place once, in any order of the dimensions."""
+    return tensor.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(tensor)
+
+
+def alike(first: Tensor, *others: Tensor | None) -> bool:
+    """Whether all tensors are dense and share one order in memory, so that a flat loop pairs their elements."""
+    if first.is_contiguous():
+        return all(t is None or t.is_contiguous() for t in others)
+    return is_dense(first) and all(t is None or t.stride() == first.stride() for t in others)
+
+
+def laid_out_as(first: Tensor, tensor: Tensor) -> Tensor:
+    """`tensor` itself where it shares the order in memory of the dense tensor `first`, else a copy that does."""
+    if alike(first, tensor):
+        return tensor
+    return torch.empty_like(first, dtype=tensor.dtype).copy_(tensor)

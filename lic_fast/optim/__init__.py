@@ -1,0 +1,5 @@
+"""Optimizers and what wraps them."""
+
+from .sma import SMA
+
+__all__ = ["SMA"]

@@ -1,0 +1,1 @@
+"""The specification of every op: plain PyTorch, any floating dtype, any device."""

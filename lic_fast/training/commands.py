@@ -1,0 +1,268 @@
+"""lic-fast train, evaluate, compress, decompress: their options, and what they print.
+
+Imports argparse and the plain config only; torch and CompressAI come with the command that runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from lic_fast.training.config import DEFAULT_EPOCHS, LAMBDAS, TrainConfig
+
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+
+
+def _channels(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def add_train_parser(subparsers: Any) -> None:
+    """Add `train` to the subparsers of lic-fast."""
+    parser = subparsers.add_parser(
+        "train",
+        argument_default=argparse.SUPPRESS,  # --resume takes what was not given from the run
+        help="train a CompressAI image model",
+        description="Train a CompressAI image model; write checkpoint.pt, log.csv, config.json and loss.png.",
+    )
+
+    def option(flag: str, text: str, **kwargs: Any) -> None:
+        default = _DEFAULTS[kwargs.get("dest", flag[2:].replace("-", "_"))]
+        shown = not (default is None or default is False or default is dataclasses.MISSING)
+        parser.add_argument(flag, help=f"{text} (default: {default})" if shown else text, **kwargs)
+
+    option("--model", "a CompressAI image model, for example mbt2018-mean; an unknown name lists them all")
+    option("--output", "folder of the run", metavar="DIR", required=True)
+    option(
+        "--resume",
+        "go on with the run in --output exactly; options left out are those of the run",
+        action="store_true",
+    )
+    _add_data_options(option)
+    _add_method_options(option)
+    _add_machine_options(option)
+    parser.set_defaults(run=run_train)
+
+
+def _add_data_options(option: Any) -> None:
+    option(
+        "--data",
+        "folder of photographs, searched in depth (default: those inside scikit-image)",
+        metavar="DIR",
+    )
+    option(
+        "--val",
+        "folder of photographs for the validation loss (default: every 10th of --data by name, from 10 on; "
+        "256 at most)",
+        metavar="DIR",
+    )
+    option("--steps", "stop after so many steps", type=int, metavar="N")
+    option("--epochs", f"stop after so many epochs (default: {DEFAULT_EPOCHS})", type=int, metavar="N")
+    option("--batch-size", "crops a step", type=int, metavar="N")
+    option(
+        "--crop",
+        "side of a crop, a multiple of 64; smaller photographs are mirrored",
+        type=int,
+        metavar="PIXELS",
+    )
+    option(
+        "--min-epoch-steps",
+        "a small folder is visited again until an epoch has so many",
+        type=int,
+        metavar="N",
+    )
+    option("--seed", "of the weights, the order, the crops and the noise", type=int, metavar="N")
+
+
+def _add_method_options(option: Any) -> None:
+    lambdas = ", ".join(f"{value:g}" for value in LAMBDAS)
+    option(
+        "--lmbda", f"weight of the distortion; the usual ones are {lambdas}; any positive number", type=float
+    )
+    option("--channels", "sizes other than the model's own", type=_channels, metavar="N[,M]")
+    option("--optimizer", "adam or adam-fused", metavar="NAME")
+    option("--lr", "learning rate", type=float)
+    option("--aux-lr", "learning rate of the quantiles (Adam on the auxiliary loss)", type=float)
+    option("--clip", "largest norm of the gradient; 0 is off", type=float)
+    option("--patience", "epochs without progress before the learning rate falls", type=int, metavar="EPOCHS")
+    option("--lr-factor", "by which it falls", type=float)
+    option("--sma", "keep a slow moving average of the weights and step from it", action="store_true")
+    option("--sma-alpha", "share of the new weights in the slow ones", type=float)
+    option("--sma-every", "steps between two averages", type=int, metavar="STEPS")
+    option(
+        "--max-nonfinite",
+        "stop after so many skipped steps in a row (NaN or infinity)",
+        type=int,
+        metavar="N",
+    )
+
+
+def _add_machine_options(option: Any) -> None:
+    option("--device", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
+    option("--backend", "lic_fast backend to insist on", metavar="NAME")
+    option("--amp", "bf16: transforms in bfloat16, entropy models in fp32", choices=("off", "bf16"))
+    option("--channels-last", "channels-last memory format", action="store_true")
+    option("--compile", "torch.compile the model", action="store_true")
+    option("--workers", "processes that read photographs; 0 reads in this one", type=int, metavar="N")
+    option(
+        "--checkpoint-every", "save also after so many steps, not only each epoch", type=int, metavar="STEPS"
+    )
+    option("--quiet", "no progress bar", action="store_true")
+
+
+def run_train(args: argparse.Namespace) -> int:
+    """Train and print the summary. Raises what `lic_fast.training.train` does."""
+    given = {name: value for name, value in vars(args).items() if name in _DEFAULTS}
+    from lic_fast.training import loop
+
+    if given.get("resume"):
+        config = loop.resumed_config(given.pop("output"), given)
+    elif "model" not in given:
+        raise ValueError("train: no model, got no --model; pass one, for example --model mbt2018-mean")
+    else:
+        config = TrainConfig(**given)
+    _print_summary(loop.train(config).summary)
+    return 0
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    memory = summary["peak_memory_bytes"]
+    step, update = 1e3 * summary["step_seconds"], 1e3 * summary["optimizer_seconds"]
+    lines = {
+        "model": summary["model"],
+        "steps": f"{summary['steps']} ({summary['epochs']} full epochs), {summary['skipped']} skipped",
+        "final loss": f"{summary['final_loss']:.4f} (mean of the last tenth of the steps)",
+        "final rate": f"{summary['final_bpp']:.4f} bpp at {summary['final_psnr']:.2f} dB (the same)",
+        "time": f"{summary['seconds']:.1f} s",
+        "a step": f"{step:.1f} ms, {update:.2f} ms of it the optimizers (medians, without data loading)",
+        "peak memory": "unknown" if memory is None else f"{memory / 2**20:.0f} MiB",
+        "broken images": str(summary["broken_images"]),
+        "written to": summary["output"],
+    }
+    print("\n".join(f"{name + ':':15}{value}" for name, value in lines.items()))
+
+
+def add_evaluate_parser(subparsers: Any) -> None:
+    """Add `evaluate` to the subparsers of lic-fast."""
+    parser = subparsers.add_parser(
+        "evaluate",
+        help="rate and quality of a checkpoint, from real files",
+        description="Code and decode every photograph; print a table, write results.csv and plot.png.",
+    )
+    _add_checkpoint(parser)
+    parser.add_argument("folder", metavar="DIR", help="folder of photographs, searched in depth")
+    parser.add_argument(
+        "--output", metavar="DIR", help="where to write (default: evaluate, beside the checkpoint)"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N images by name")
+    _add_device(parser, "auto", ("auto", "cpu", "cuda"))
+    _add_no_sma(parser)
+    parser.set_defaults(run=run_evaluate)
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="the checkpoint.pt that lic-fast train wrote"
+    )
+
+
+def _add_device(
+    parser: argparse.ArgumentParser, default: str, choices: tuple[str, ...], why: str = ""
+) -> None:
+    parser.add_argument(
+        "--device", default=default, choices=choices, help=f"where to compute{why} (default: {default})"
+    )
+
+
+def _add_no_sma(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--no-sma", action="store_true", help="the fast weights of a run with --sma, not the slow ones"
+    )
+
+
+def run_evaluate(args: argparse.Namespace) -> int:
+    """Evaluate and print the table. Raises what `lic_fast.training.evaluate` does."""
+    from lic_fast.training.evaluate import evaluate, table
+
+    rows = evaluate(
+        args.checkpoint,
+        args.folder,
+        output=args.output,
+        device=args.device,
+        sma=not args.no_sma,
+        limit=args.limit,
+    )
+    print(table(rows))
+    return 0
+
+
+def add_compress_parser(subparsers: Any) -> None:
+    """Add `compress` to the subparsers of lic-fast."""
+    parser = subparsers.add_parser(
+        "compress", help="compress a photograph", description="Compress a photograph."
+    )
+    _add_checkpoint(parser)
+    parser.add_argument("image", metavar="IMAGE", help="any picture that PIL reads; coded as 8-bit RGB")
+    parser.add_argument("out", metavar="OUT.licf", help="file to write")
+    parser.add_argument("--no-verify", action="store_true", help="do not decode the result before writing it")
+    _add_device(parser, "cpu", ("auto", "cpu", "cuda"), "; a file decodes on the kind of device that made it")
+    _add_no_sma(parser)
+    parser.set_defaults(run=run_compress)
+
+
+def run_compress(args: argparse.Namespace) -> int:
+    """Write the container; print its bytes, rate and, once verified, PSNR. Raises TrainingError."""
+    from lic_fast.training.data import load_rgb
+    from lic_fast.training.files import atomic_write
+    from lic_fast.training.image_codec import ImageCodec, psnr
+
+    pixels = load_rgb(Path(args.image))
+    codec = ImageCodec(
+        args.checkpoint, device=args.device, slow=False if args.no_sma else None, command="compress"
+    )
+    data, quality = codec.encode(pixels), "not verified"
+    if not args.no_verify:
+        data, decoded = codec.verified(pixels, data)
+        quality = f"{psnr(pixels, decoded):.2f} dB"
+    atomic_write(Path(args.out), data)
+    height, width = pixels.shape[:2]
+    bpp = 8 * len(data) / (height * width)
+    print(f"{args.out}: {len(data)} bytes, {bpp:.4f} bpp, {quality} ({width}x{height})")
+    return 0
+
+
+def add_decompress_parser(subparsers: Any) -> None:
+    """Add `decompress` to the subparsers of lic-fast."""
+    parser = subparsers.add_parser(
+        "decompress", help="decompress a .licf file", description="Decompress a .licf file."
+    )
+    _add_checkpoint(parser)
+    parser.add_argument("stream", metavar="IN.licf", help="file that lic-fast compress wrote")
+    parser.add_argument("out", metavar="OUT.png", help="PNG to write")
+    _add_device(parser, "auto", ("auto", "cpu", "cuda"), ": auto is the kind of device that made the file")
+    parser.set_defaults(run=run_decompress)
+
+
+def run_decompress(args: argparse.Namespace) -> int:
+    """Write the picture as PNG. Raises BitstreamError (a ValueError), TrainingError and OSError."""
+    import io
+
+    from lic_fast.codec import unpack
+    from lic_fast.training.errors import optional_import
+    from lic_fast.training.evaluate import read_stream
+    from lic_fast.training.files import atomic_write
+    from lic_fast.training.image_codec import ImageCodec
+
+    if Path(args.out).suffix.lower() != ".png":
+        raise ValueError(f"decompress: the output is a PNG, got {args.out}; name it .png")
+    data = read_stream(Path(args.stream))
+    stream = unpack(data)
+    device = ("cuda" if stream.cuda else "cpu") if args.device == "auto" else args.device
+    pixels = ImageCodec(args.checkpoint, device=device, slow=stream.slow, command="decompress").decode(data)
+    buffer = io.BytesIO()
+    optional_import("PIL.Image").fromarray(pixels).save(buffer, format="PNG")
+    atomic_write(Path(args.out), buffer.getvalue())
+    print(f"{args.out}: {stream.width}x{stream.height} from {len(data)} bytes")
+    return 0

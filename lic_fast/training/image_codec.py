@@ -1,0 +1,245 @@
+"""A trained checkpoint as an image codec: 8-bit RGB pixels to container bytes and back."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import logging
+import math
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lic_fast.codec import BitstreamError, Stream, pack, unpack
+from lic_fast.training.checkpoint import load_checkpoint
+from lic_fast.training.config import from_dict
+from lic_fast.training.data import to_tensor
+from lic_fast.training.errors import TrainingError, optional_import
+from lic_fast.training.loss import RateDistortionLoss
+from lic_fast.training.models import build_model, load_weights, resolve_channels, resolve_device
+
+_MAX_LATENT_CHANNELS = 1 << 14
+_VERIFY_DB = 1.0
+_logger = logging.getLogger("lic_fast.training")
+
+
+def model_digest(model: torch.nn.Module) -> bytes:
+    """BLAKE2b-128 of the parameters and coding tables: names (sorted), dtypes, shapes and bytes."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.digest()
+
+
+def psnr(pixels, other) -> float:
+    """PSNR in dB of two uint8 arrays of one shape; infinite where they are equal."""
+    numpy = optional_import("numpy")
+    mse = float(numpy.mean((pixels.astype(numpy.float64) - other) ** 2))
+    return 10 * math.log10(255**2 / mse) if mse else math.inf
+
+
+@contextlib.contextmanager
+def _reproducible() -> Iterator[None]:
+    """Full-precision, deterministic cuDNN kernels: encoder and decoder must compute the same scales."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = (cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32)
+    cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = True, False, False, False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before
+
+
+class ImageCodec:
+    """Codes photographs with the weights of one checkpoint.
+
+    device auto is CUDA where there is one, except for models that code pixel by pixel (mbt2018,
+    cheng2020-anchor, cheng2020-attn): CompressAI's coder for these is sequential on the CPU, where they are
+    faster. `slow` chooses the slow weights of an --sma run; None, the default, takes them where there are
+    any. Raises TrainingError (checkpoint, device) and ImportError.
+    """
+
+    def __init__(
+        self, checkpoint: str | Path, *, device: str = "auto", slow: bool | None = None, command: str
+    ) -> None:
+        saved = load_checkpoint(checkpoint, command)
+        self.config = from_dict(saved["config"])
+        self.command = command
+        self.slow = saved["slow"] is not None if slow is None else slow
+        if self.slow and saved["slow"] is None:
+            raise TrainingError(
+                f"{command}: {checkpoint} holds no slow weights; it was trained without --sma"
+            )
+        channels = resolve_channels(self.config.model, self.config.channels, self.config.lmbda)
+        self.model = build_model(self.config.model, channels)
+        load_weights(self.model, saved["model"] | (saved["slow"] if self.slow else {}))
+        self.device = resolve_device(device, command)
+        if hasattr(self.model, "_compress_ar") and self.device.type == "cuda":
+            if device == "auto":
+                self.device = torch.device("cpu")
+            _logger.warning(
+                "%s: %s codes one latent after another, on %s", command, self.config.model, self.device
+            )
+        self._prepare(checkpoint)
+        self.multiple = max(64, getattr(self.model, "downsampling_factor", 64))
+
+    def _prepare(self, checkpoint: str | Path) -> None:
+        """Build the tables from the weights as they are now (training leaves none), always on the CPU."""
+        for module in self.model.modules():
+            if isinstance(getattr(module, "mask", None), Tensor):
+                module.weight.data.mul_(module.mask)  # as its forward() does: one digest, used or not
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            raise TrainingError(
+                f"{self.command}: the weights in {checkpoint} are not finite; use an earlier checkpoint"
+            )
+        try:
+            self.model.eval().update(force=True)
+        except (ValueError, RuntimeError) as error:
+            raise TrainingError(
+                f"{self.command}: no coding tables from {checkpoint} ({_first_line(error)}); train longer"
+            ) from error
+        self.digest = model_digest(self.model)
+        self.model.to(self.device)
+
+    def _padded(self, pixels) -> Tensor:
+        """[H, W, 3] uint8 -> [1, 3, H', W'] in [0, 1]; H', W' are multiples of 64, the edges repeated."""
+        x = to_tensor(pixels)[None].to(self.device).float().div_(255)
+        height, width = x.shape[-2:]
+        return F.pad(x, (0, -width % self.multiple, 0, -height % self.multiple), mode="replicate")
+
+    def encode(self, pixels) -> bytes:
+        """The container of `pixels`, numpy [H, W, 3] uint8. Raises TrainingError where the model cannot."""
+        height, width = pixels.shape[:2]
+        try:
+            with _reproducible():
+                coded = self.model.compress(self._padded(pixels))
+        except (AssertionError, IndexError, RuntimeError, ValueError) as error:
+            raise TrainingError(
+                f"{self.command}: {self.config.model} cannot code this image ({_first_line(error)}); "
+                "train it longer"
+            ) from error
+        stream = Stream(
+            self.config.model, self.digest, height, width, _plain(coded["shape"]), coded["strings"],
+            cuda=self.device.type == "cuda", slow=self.slow,
+        )  # fmt: skip
+        return pack(stream)
+
+    def verified(self, pixels, data: bytes) -> tuple[bytes, Any]:
+        """(`data`, the container of `pixels`, with the CRC-32 of its decoded pixels added; those pixels).
+
+        Raises TrainingError where it decodes to more than 1 dB below what the forward pass promises.
+        """
+        decoded = self.decode(data)
+        promised, got = self.estimate(pixels)[1], psnr(pixels, decoded)
+        if got < promised - _VERIFY_DB:
+            raise TrainingError(
+                f"{self.command}: the stream decodes to {got:.2f} dB, the model promises {promised:.2f} dB; "
+                "use --device cpu"
+            )
+        return pack(dataclasses.replace(unpack(data), check=zlib.crc32(decoded.tobytes()))), decoded
+
+    def decode(self, data: bytes):
+        """The pixels, numpy [H, W, 3] uint8: x_hat rounded to 8 bits. Raises BitstreamError."""
+        stream = unpack(data)
+        self._must_match(stream)
+        self._must_be_possible(stream)
+        try:
+            with _reproducible():
+                x_hat = self.model.decompress(stream.strings, stream.shape)["x_hat"]
+        except (AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise BitstreamError(
+                f"decode: {stream.model} rejects the stream ({_first_line(error)})"
+            ) from error
+        x_hat = x_hat[0, :, : stream.height, : stream.width]
+        if x_hat.shape[-2:] != (stream.height, stream.width):
+            raise BitstreamError(
+                f"decode: the latents give {tuple(x_hat.shape[-2:])} pixels, the header says "
+                f"{stream.height} x {stream.width}; malformed stream"
+            )
+        pixels = _to_pixels(x_hat)
+        if stream.check is not None and zlib.crc32(pixels.tobytes()) != stream.check:
+            raise BitstreamError(
+                "decode: the pixels are not those the encoder saw, so this machine computes other values; "
+                "decode on the kind of machine, with the torch version, that encoded"
+            )
+        return pixels
+
+    def _must_match(self, stream: Stream) -> None:
+        if stream.model != self.config.model:
+            raise BitstreamError(
+                f"decode: the stream was made with {stream.model}, got a checkpoint of {self.config.model}; "
+                "give the checkpoint that made it"
+            )
+        if stream.digest != self.digest:
+            raise BitstreamError(
+                f"decode: the stream was made with weights {stream.digest.hex()[:12]}, the checkpoint holds "
+                f"{self.digest.hex()[:12]}; give the checkpoint that made it"
+            )
+        here = self.device.type == "cuda"
+        if stream.cuda != here:
+            made = "cuda" if stream.cuda else "cpu"
+            raise BitstreamError(
+                f"decode: the stream was made on {made}, got {self.device.type}, which rounds otherwise; "
+                f"use --device {made}"
+            )
+
+    def _must_be_possible(self, stream: Stream) -> None:
+        """No latent may be larger than the image: checked before the model allocates any."""
+        sides = stream.height + self.multiple, stream.width + self.multiple
+
+        def visit(node: Any) -> None:
+            if isinstance(node, dict):
+                for entry in node.values():
+                    visit(entry)
+            elif isinstance(node, tuple) and node and all(isinstance(value, int) for value in node):
+                channels = node[:-2]
+                fits = len(node) in (2, 3) and node[-2] <= sides[0] and node[-1] <= sides[1]
+                if not fits or any(value > _MAX_LATENT_CHANNELS for value in channels):
+                    raise BitstreamError(
+                        f"decode: a latent of shape {node} in a stream of this size; malformed stream"
+                    )
+            elif isinstance(node, tuple):
+                for entry in node:
+                    visit(entry)
+            else:
+                raise BitstreamError(f"decode: the latent shape holds {node!r}; malformed stream")
+
+        visit(stream.shape)
+
+    def estimate(self, pixels) -> tuple[float, float]:
+        """(bits a pixel by the likelihoods, PSNR in dB by the forward pass), for numpy [H, W, 3] uint8."""
+        height, width = pixels.shape[:2]
+        with _reproducible():
+            x = self._padded(pixels)
+            output = self.model(x)
+            bpp = RateDistortionLoss(1.0)(output, x, x.new_zeros(()))["bpp"].item()
+        promised = _to_pixels(output["x_hat"][0, :, :height, :width])
+        return bpp * x.shape[-2] * x.shape[-1] / (height * width), psnr(pixels, promised)
+
+
+def _to_pixels(x_hat: Tensor):
+    """[3, H, W] in [0, 1] -> numpy [H, W, 3] uint8, rounded to the nearest, ties to even."""
+    return x_hat.clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0).contiguous().cpu().numpy()
+
+
+def _plain(node: Any) -> Any:
+    """CompressAI's latent shape as integers in tuples."""
+    if isinstance(node, dict):
+        return {key: _plain(value) for key, value in node.items()}
+    if isinstance(node, (list, tuple)):
+        return tuple(_plain(value) for value in node)
+    return int(node)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__

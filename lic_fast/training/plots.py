@@ -1,0 +1,101 @@
+"""The pictures of a run: loss.png and the evaluation's plot.png. Drawn without a display."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+
+from lic_fast.training.errors import optional_import
+from lic_fast.training.files import atomic_write
+
+_POINTS = 2000  # a longer run is drawn as the means of as many stretches
+_PANELS = (
+    ("loss", "loss", "#1f77b4"),
+    ("bpp", "rate [bits / pixel]", "#d95f02"),
+    ("psnr", "PSNR [dB]", "#2a9d5c"),
+)
+
+
+def _figure(width: float, height: float):
+    figure = optional_import("matplotlib.figure").Figure(
+        figsize=(width, height), layout="constrained", dpi=120
+    )
+    optional_import("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
+    return figure
+
+
+def _write(figure, path: Path) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    atomic_write(path, buffer.getvalue())
+
+
+def _style(axis) -> None:
+    axis.grid(alpha=0.25, linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _averaged(values: list[float], window: int) -> list[float]:
+    """Trailing means over `window` values; NaN (a skipped step) is left out."""
+    means, total, held = [], 0.0, []
+    for value in values:
+        held.append(value)
+        total += 0.0 if math.isnan(value) else value
+        if len(held) > window:
+            old = held.pop(0)
+            total -= 0.0 if math.isnan(old) else old
+        count = sum(not math.isnan(v) for v in held)
+        means.append(total / count if count else math.nan)
+    return means
+
+
+def plot_training(rows: list[dict[str, str]], path: Path, title: str) -> None:
+    """Loss, rate and PSNR over the steps, faint, and their trailing mean. Raises TrainingError (disk)."""
+    rows = [row for row in rows if row["skipped"] == "0"]
+    stride = max(1, len(rows) // _POINTS)
+    chunks = [rows[i : i + stride] for i in range(0, len(rows), stride)]
+    steps = [int(chunk[-1]["step"]) for chunk in chunks]
+    window = max(1, len(chunks) // 20)
+    figure = _figure(7.5, 8.0)
+    axes = figure.subplots(3, 1, sharex=True)
+    for axis, (name, label, colour) in zip(axes, _PANELS, strict=True):
+        values = [sum(float(row[name]) for row in chunk) / len(chunk) for chunk in chunks]
+        shown = [value if math.isfinite(value) else math.nan for value in values]
+        if window > 1:
+            axis.plot(steps, shown, color=colour, alpha=0.3, linewidth=0.8, label="step")
+        axis.plot(
+            steps, _averaged(shown, window), color=colour, linewidth=1.8, label=f"mean of {window * stride}"
+        )
+        axis.set_ylabel(label)
+        finite = [value for value in shown if value > 0]
+        if name != "psnr" and finite and max(finite) > 20 * min(finite):
+            axis.set_yscale("log")
+        _style(axis)
+    if window > 1:
+        axes[0].legend(frameon=False)
+    axes[-1].set_xlabel("step")
+    axes[0].set_title(title, fontsize=10)
+    _write(figure, path)
+
+
+def plot_evaluation(
+    points: list[tuple[float, float]], mean: tuple[float, float], path: Path, title: str
+) -> None:
+    """Rate against PSNR, a dot an image and a cross for their mean. Raises TrainingError (disk)."""
+    figure = _figure(6.5, 4.8)
+    axis = figure.subplots()
+    axis.scatter(
+        *zip(*points, strict=True), s=26, color="#1f77b4", alpha=0.75, label=f"image ({len(points)})"
+    )
+    axis.scatter(*mean, s=110, color="#d62728", marker="X", edgecolor="white", label="mean", zorder=3)
+    axis.annotate(
+        f"{mean[0]:.3f} bpp, {mean[1]:.2f} dB", mean, xytext=(8, -14), textcoords="offset points", fontsize=9
+    )
+    axis.set_xlabel("rate [bits / pixel], bytes of the file")
+    axis.set_ylabel("PSNR [dB]")
+    axis.set_title(title, fontsize=10)
+    axis.margins(0.12)
+    axis.legend(frameon=False, loc="lower right")
+    _style(axis)
+    _write(figure, path)

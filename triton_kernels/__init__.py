@@ -1,0 +1,1 @@
+"""Triton kernels with plain launchers: tensors in, tensors out; no choice of backend, no autograd."""

@@ -1,0 +1,93 @@
+"""Sampling-then-moving average over a list of tensors, one launch:
+
+    slow <- slow + alpha * (fast - slow);  fast <- slow where reset
+
+Reads slow and fast once, writes slow once and fast once where reset: 16 bytes an element in fp32. A program takes one
+block of one tensor, named by its row of a table of pointers; the dtypes are a code in that row, a branch that is
+uniform in a program, so that mixed lists are still one launch. Takes slow fp32 with fast fp32, bf16, fp16 or fp64,
+and slow fp64 with fast fp64; dense tensors, a pair laid out alike. FP fusion is off: rounds like eager PyTorch.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .tables import pointer_table
+
+BLOCK = 2048
+COLUMNS = tl.constexpr(5)  # first element, elements, slow, fast, code
+CODES = {
+    (torch.float32, torch.float32): 0,
+    (torch.float32, torch.bfloat16): 1,
+    (torch.float32, torch.float16): 2,
+    (torch.float32, torch.float64): 3,
+    (torch.float64, torch.float64): 4,
+}
+
+
+@triton.jit
+def _average(slow_ptr, fast_ptr, first, n, alpha, WIDE: tl.constexpr, RESET: tl.constexpr, BLOCK: tl.constexpr):
+    offsets = first + tl.arange(0, BLOCK)
+    mask = offsets < n
+    old = tl.load(slow_ptr + offsets, mask=mask, other=0.0).to(WIDE)
+    new = tl.load(fast_ptr + offsets, mask=mask, other=0.0).to(WIDE)
+    value = (old + alpha.to(WIDE) * (new - old)).to(slow_ptr.dtype.element_ty)
+    tl.store(slow_ptr + offsets, value, mask=mask)
+    if RESET:
+        tl.store(fast_ptr + offsets, value.to(fast_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def sma_update_kernel(table_ptr, alpha_bits: tl.int64, RESET: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    row = table_ptr + tl.program_id(0).to(tl.int64) * COLUMNS
+    first = tl.multiple_of(tl.load(row), BLOCK)
+    n = tl.load(row + 1)
+    slow = tl.load(row + 2)
+    fast = tl.load(row + 3)
+    code = tl.load(row + 4)
+    alpha = tl.cast(alpha_bits, tl.float64, bitcast=True)  # a float argument would arrive in fp32
+    if ALIGNED:
+        slow = tl.multiple_of(slow, 16)
+        fast = tl.multiple_of(fast, 16)
+    slow32 = slow.to(tl.pointer_type(tl.float32))
+    if code == 0:
+        _average(slow32, fast.to(tl.pointer_type(tl.float32)), first, n, alpha, tl.float32, RESET, BLOCK)
+    elif code == 1:
+        _average(slow32, fast.to(tl.pointer_type(tl.bfloat16)), first, n, alpha, tl.float32, RESET, BLOCK)
+    elif code == 2:
+        _average(slow32, fast.to(tl.pointer_type(tl.float16)), first, n, alpha, tl.float32, RESET, BLOCK)
+    elif code == 3:
+        _average(slow32, fast.to(tl.pointer_type(tl.float64)), first, n, alpha, tl.float64, RESET, BLOCK)
+    else:
+        slow64 = slow.to(tl.pointer_type(tl.float64))
+        _average(slow64, fast.to(tl.pointer_type(tl.float64)), first, n, alpha, tl.float64, RESET, BLOCK)
+
+
+def sma_update_(slow: list[Tensor], fast: list[Tensor], alpha: float, reset: bool) -> None:
+    """Averages every pair in place. The lists are validated by the caller."""
+    rows = [(s.data_ptr(), f.data_ptr(), CODES[s.dtype, f.dtype]) for s, f in zip(slow, fast, strict=True)]
+    sizes = [s.numel() for s in slow]
+    if not sum(sizes):
+        return
+    aligned = all(s % 16 == 0 and f % 16 == 0 for s, f, _ in rows)
+    table = pointer_table(rows, sizes, BLOCK, slow[0].device)
+    bits = struct.unpack("<q", struct.pack("<d", alpha))[0]
+    with torch.cuda.device_of(slow[0]):
+        sma_update_kernel[(table.shape[0],)](table, bits, reset, aligned, BLOCK, num_warps=4, enable_fp_fusion=False)
+
+
+# What a compilation ahead of time needs: kernel, argument types, compile-time values.
+AOT = [
+    (
+        sma_update_kernel,
+        {"table_ptr": "*i64", "alpha_bits": "i64"},
+        {"RESET": reset, "ALIGNED": aligned, "BLOCK": BLOCK},
+    )
+    for reset in (True, False)
+    for aligned in (True, False)
+]

@@ -1,0 +1,37 @@
+"""Tables of pointers on the device, so that one launch walks a whole list of tensors."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_CACHE: OrderedDict[tuple, Tensor] = OrderedDict()
+_CACHED_TABLES = 64
+
+
+def pointer_table(rows: Sequence[tuple[int, ...]], sizes: Sequence[int], block: int, device: torch.device) -> Tensor:
+    """A table for a launch over all blocks of all tensors, [blocks, 2 + columns] int64 on `device`.
+
+    rows: one tuple of pointers (and codes) for each tensor; sizes: their numbers of elements. Row b of the result
+    is what program b needs: the first element, the number of elements, then its tensor's row. Tables are kept,
+    since an optimizer asks for the same one at every step; a pointer is only a key here, so a table stays right
+    for whatever tensor lies at those addresses.
+    """
+    key = (tuple(rows), tuple(sizes), block, device)
+    table = _CACHE.get(key)
+    if table is None:
+        counts = torch.tensor([-(-size // block) for size in sizes])
+        which = torch.repeat_interleave(torch.arange(len(sizes)), counts)
+        first = torch.arange(len(which)) - (counts.cumsum(0) - counts)[which]
+        columns = [first * block, torch.tensor(sizes)[which]]
+        columns += list(torch.tensor(rows, dtype=torch.int64)[which].unbind(1))
+        table = torch.stack(columns, 1).contiguous().to(device)
+        _CACHE[key] = table
+        if len(_CACHE) > _CACHED_TABLES:
+            _CACHE.popitem(last=False)
+    else:
+        _CACHE.move_to_end(key)
+    return table
