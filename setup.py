@@ -19,7 +19,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "lic_fast"))
-import _build  # noqa: E402  (loaded by path: importing lic_fast would import torch)
+import _build
 
 if int(setuptools.__version__.split(".")[0]) < 77:
     sys.exit(f'lic_fast: setuptools {setuptools.__version__} is too old; run pip install "setuptools>=77"')
@@ -50,7 +50,11 @@ class BuildNative(build_ext):
 
 
 # These rooms lie at the top of the repository and inside the installed package: their bare names are taken on PyPI.
-ROOMS = {"triton_kernels": ["*.py"], "benchmarks": ["*.py"], "csrc": ["*.cpp", "*/*.cpp", "*/*.h", "*/*.cu", "*/*.cuh"]}
+ROOMS = {
+    "triton_kernels": ["*.py"],
+    "benchmarks": ["*.py"],
+    "csrc": ["*.cpp", "*/*.cpp", "*/*.h", "*/*.cu", "*/*.cuh"],
+}
 
 setup(
     packages=[*find_packages(include=["lic_fast", "lic_fast.*"]), *(f"lic_fast.{room}" for room in ROOMS)],

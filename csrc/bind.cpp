@@ -7,7 +7,14 @@
 #define LIC_FAST_STRING(a) LIC_FAST_STRING_(a)
 
 extern "C" __attribute__((visibility("default"))) PyObject* LIC_FAST_JOIN(PyInit_, TORCH_EXTENSION_NAME)() {
-  static PyModuleDef module = {
-      PyModuleDef_HEAD_INIT, LIC_FAST_STRING(TORCH_EXTENSION_NAME), nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT,
+                               LIC_FAST_STRING(TORCH_EXTENSION_NAME),
+                               nullptr,
+                               -1,
+                               nullptr,
+                               nullptr,
+                               nullptr,
+                               nullptr,
+                               nullptr};
   return PyModule_Create(&module);
 }

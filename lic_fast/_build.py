@@ -167,7 +167,15 @@ def _compile_command(backend: str, plan: Plan, source: Path, output: Path) -> li
         flags = ["-O3", "-DUSE_CUDA", *_gencode(cuda_archs()), "--threads", "2"]
         return [str(plan.nvcc), *flags, *host, *defines, *include, "-c", str(source), "-o", str(output)]
     # -ffp-contract=off: every SIMD variant rounds alike, and like eager PyTorch
-    flags = ["-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra"]
+    flags = [
+        "-O3",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-ffp-contract=off",
+        "-fno-math-errno",
+        "-Wall",
+        "-Wextra",
+    ]
     flags += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # g++ 12 warns inside its own AVX-512 headers
     system = [item.replace("-I", "-isystem", 1) if "csrc" not in item else item for item in include]
     return [plan.cxx, *flags, *defines, *system, "-c", str(source), "-o", str(output)]

@@ -150,9 +150,7 @@ class Explanation:
         return "\n".join([head, *(f"  {name}: {reason or 'usable'}" for name, reason in self.reasons.items())])
 
 
-def explain(
-    op: str, device: str | torch.device | None = None, dtype: torch.dtype = torch.float32
-) -> Explanation:
+def explain(op: str, device: str | torch.device | None = None, dtype: torch.dtype = torch.float32) -> Explanation:
     """Says which backend runs `op` on `device` with `dtype`, and why the others do not.
 
     device: default "cuda" where available, else "cpu". Print the result for a table. Raises ValueError for an

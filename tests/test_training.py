@@ -1,4 +1,4 @@
-"""lic-fast train: data, loss, skipped steps, messages, full disks. Tiny models on photographs made here."""
+"""lic-fast train: loss, skipped steps, messages, full disks. Tiny models on photographs made here."""
 
 from __future__ import annotations
 
@@ -22,10 +22,16 @@ pytest.importorskip("matplotlib")
 image_module = pytest.importorskip("PIL.Image")
 
 from lic_fast.training import RateDistortionLoss, TrainConfig, TrainingError, commands, files, loop, train  # noqa: E402
-from lic_fast.training import data as data_module  # noqa: E402
-from lic_fast.training.data import RandomCrops, Schedule, load_rgb, open_photos, split_photos  # noqa: E402
-from lic_fast.training.models import build_model, model_class, resolve_channels  # noqa: E402
-from lic_fast.training.precision import keep_entropy_fp32  # noqa: E402
+from lic_fast.training.data import open_photos  # noqa: E402
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Models this small run faster on one thread, and do not fight other processes for cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def photograph(path: Path, seed: int = 0, height: int = 80, width: int = 96) -> Path:
@@ -121,41 +127,6 @@ def test_the_number_of_workers_changes_nothing(tmp_path: Path, photos: Path, wor
     assert log_without_timings(tmp_path / "none") == log_without_timings(tmp_path / "some")
 
 
-def test_crops_depend_on_seed_epoch_and_slot_only(photos: Path) -> None:
-    opened = open_photos(str(photos), "train")
-    crops = RandomCrops(opened, 64, seed=3)
-    before = crops[(2, 5)]
-    torch.manual_seed(99)
-    np.random.seed(99)
-    assert torch.equal(crops[(2, 5)], before)
-    others = [RandomCrops(opened, 64, seed=4)[(2, 5)], crops[(3, 5)], crops[(2, 9)]]
-    assert not any(torch.equal(other, before) for other in others)
-
-
-def test_both_flips_and_all_places_occur(tmp_path: Path) -> None:
-    ramp = np.broadcast_to(np.arange(70, dtype=np.uint8)[None, :, None], (66, 70, 3))
-    image_module.fromarray(np.ascontiguousarray(ramp)).save(tmp_path / "ramp.png")
-    crops = RandomCrops(open_photos(str(tmp_path), "train"), 64, seed=0)
-    starts = {
-        (int(crop[0, 0, 0]), int(crop[0, 0, 1]) > int(crop[0, 0, 0]))
-        for crop in (crops[(0, s)] for s in range(300))
-    }
-    assert {place for place, rising in starts if rising} == set(range(7))
-    assert {place for place, rising in starts if not rising} == set(range(63, 70))
-
-
-def test_an_epoch_visits_every_photograph_equally() -> None:
-    schedule = Schedule(photos=5, batch_size=4, min_steps=10, seed=0)
-    assert schedule.visits == 8 and schedule.steps_per_epoch == 10
-    batches = schedule.batches(0, 0)
-    epochs = [[next(batches) for _ in range(10)] for _ in range(2)]
-    for number, epoch in enumerate(epochs):
-        assert sorted(slot for batch in epoch for _, slot in batch) == list(range(40))
-        assert {e for batch in epoch for e, _ in batch} == {number}
-    assert [s for b in epochs[0] for _, s in b] != [s for b in epochs[1] for _, s in b]
-    assert next(schedule.batches(1, 3)) == epochs[1][3]
-
-
 def test_broken_images_are_left_out_counted_and_told(tmp_path: Path, photos: Path, caplog) -> None:
     whole = photograph(photos / "cut.jpg", 9, 300, 300).read_bytes()
     (photos / "cut.jpg").write_bytes(whole[: len(whole) // 2])
@@ -167,14 +138,8 @@ def test_broken_images_are_left_out_counted_and_told(tmp_path: Path, photos: Pat
     result = train(tiny(tmp_path, photos))
     assert result.broken_images == 4
     warnings = [record.getMessage() for record in caplog.records]
-    assert (
-        len(warnings) == 1
-        and "4 unreadable image(s) left out of 8" in warnings[0]
-        and "\n" not in warnings[0]
-    )
-    named = {
-        entry["name"] for entry in json.loads((tmp_path / "run" / "config.json").read_text())["broken_images"]
-    }
+    assert len(warnings) == 1 and "4 unreadable image(s) left out of 8" in warnings[0] and "\n" not in warnings[0]
+    named = {entry["name"] for entry in json.loads((tmp_path / "run" / "config.json").read_text())["broken_images"]}
     assert named == {"cut.jpg", "empty.png", "text.png", "half.png"}
 
 
@@ -189,52 +154,6 @@ def test_a_folder_without_usable_images_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"no usable image in .*, got 1 unreadable \(a.png"):
         train(tiny(tmp_path, folder))
     assert not (tmp_path / "run").exists()
-
-
-def test_every_kind_of_picture_becomes_rgb(tmp_path: Path) -> None:
-    def read(image, name: str, **options) -> np.ndarray:
-        image.save(tmp_path / name, **options)
-        return load_rgb(tmp_path / name)
-
-    grey = image_module.new("L", (4, 3), 100)
-    assert (read(grey, "l.png") == 100).all() and load_rgb(tmp_path / "l.png").shape == (3, 4, 3)
-    deep = image_module.fromarray(np.full((3, 4), 0x8080, dtype=np.uint16))
-    assert (read(deep, "i16.png") == 128).all()
-    clear = image_module.new("RGBA", (4, 3), (10, 20, 30, 0))
-    assert (read(clear, "rgba.png") == 255).all(), "hidden colours must not show"
-    half = image_module.new("RGBA", (4, 3), (0, 0, 0, 128))
-    assert abs(int(read(half, "half.png")[0, 0, 0]) - 127) <= 1
-    palette = image_module.new("RGB", (4, 3), (200, 10, 60)).convert(
-        "P", palette=image_module.Palette.ADAPTIVE
-    )
-    assert (read(palette, "p.png") == (200, 10, 60)).all()
-    assert (read(image_module.new("1", (4, 3), 1), "one.png") == 255).all()
-    turned = image_module.fromarray(np.arange(36, dtype=np.uint8).reshape(3, 4, 3))
-    exif = turned.getexif()
-    exif[0x0112] = 6
-    assert read(turned, "turned.png", exif=exif).shape == (4, 3, 3)
-    (tmp_path / "nan.tiff").unlink(missing_ok=True)
-    image_module.fromarray(np.full((3, 4), np.nan, dtype=np.float32)).save(tmp_path / "nan.tiff")
-    with pytest.raises(TrainingError, match="NaN"):
-        load_rgb(tmp_path / "nan.tiff")
-
-
-def test_photographs_smaller_than_the_crop_are_mirrored(tmp_path: Path) -> None:
-    photograph(tmp_path / "small.png", 0, 20, 30)
-    crop = RandomCrops(open_photos(str(tmp_path), "train"), 64, seed=0)[(0, 0)]
-    assert crop.shape == (3, 64, 64)
-    assert torch.equal(crop[:, :20], crop[:, 20:40].flip(1)) and torch.equal(crop[:, :20], crop[:, 40:60])
-
-
-def test_every_tenth_photograph_is_held_out(tmp_path: Path) -> None:
-    for index in range(20):
-        photograph(tmp_path / f"{index:02}.png", index, 16, 16)
-    kept, held = split_photos(open_photos(str(tmp_path), "train"))
-    assert held is not None and held.names == ["09.png", "19.png"] and len(kept) == 18
-    assert not set(kept.names) & set(held.names)
-    assert np.array_equal(held.read(1), load_rgb(tmp_path / "19.png"))
-    few, none = split_photos(open_photos(str(tmp_path), "train", limit=9))
-    assert none is None and len(few) == 9
 
 
 def test_the_learning_rate_falls_on_a_plateau(tmp_path: Path, photos: Path, monkeypatch) -> None:
@@ -279,9 +198,8 @@ def test_a_step_that_is_not_finite_updates_nothing(tmp_path: Path, photos: Path,
     row = trainer._step(next(batches))
     assert row["skipped"] == 1 and math.isnan(row["loss"])
     assert all(torch.equal(old, new) for old, new in zip(before, _state(trainer), strict=True))
-    assert (
-        "step 3 skipped" in caplog.text and "loss, grad_norm" in caplog.text and "g_a.0.weight" in caplog.text
-    )
+    assert "step 3 skipped" in caplog.text and "not finite: loss, grad_norm;" in caplog.text
+    assert "gradient: entropy_bottleneck.matrices.0" in caplog.text, "the model's first parameter"
     assert trainer._step(next(batches))["skipped"] == 0
     assert not all(torch.equal(old, new) for old, new in zip(before, _state(trainer), strict=True))
 
@@ -312,9 +230,7 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run_with_a_good_checkpoint(
     assert all(tensor.isfinite().all() for tensor in saved["model"].values())
 
 
-def test_weights_that_are_not_finite_never_reach_the_checkpoint(
-    tmp_path: Path, photos: Path, monkeypatch
-) -> None:
+def test_weights_that_are_not_finite_never_reach_the_checkpoint(tmp_path: Path, photos: Path, monkeypatch) -> None:
     step = torch.optim.Adam.step
 
     def ruin(self, closure=None):
@@ -347,9 +263,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, photos: Path) ->
 
 
 @pytest.mark.parametrize("name", ["log.csv", "loss.png", "config.json"])
-def test_a_full_disk_is_one_line_wherever_it_strikes(
-    tmp_path: Path, photos: Path, monkeypatch, name: str
-) -> None:
+def test_a_full_disk_is_one_line_wherever_it_strikes(tmp_path: Path, photos: Path, monkeypatch, name: str) -> None:
     write = files._write_all
 
     def full(file, data):
@@ -370,6 +284,7 @@ def test_a_full_disk_is_one_line_wherever_it_strikes(
         ({"model": "mbt2018-men"}, "did you mean mbt2018-mean"),
         ({"model": "nonsense"}, "known: .*cheng2020-anchor, .*elic2022-official"),
         ({"model": "mbt2018-mean-vbr"}, "variable-rate model.*train mbt2018-mean instead"),
+        ({"model": "elic"}, "did you mean elic2022-chandelier"),
         ({"model": "ssf2020"}, "unknown model"),
         ({"channels": (8,)}, "takes 2 channel numbers, got 1; pass --channels N,M"),
         ({"model": "cheng2020-anchor"}, "takes 1 channel numbers, got 2; pass --channels N"),
@@ -409,18 +324,6 @@ def test_the_fast_variants_train_alike(tmp_path: Path, photos: Path, extra: dict
     assert fast.skipped == 0 and fast.final_loss == pytest.approx(plain.final_loss, rel=0.02)
 
 
-def test_bf16_keeps_likelihoods_in_fp32() -> None:
-    model = build_model("mbt2018-mean", (8, 12))
-    assert keep_entropy_fp32(model, "cpu") == 2
-    seen = []
-    model.g_s.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
-    model.g_a[0].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = model(torch.rand(1, 3, 64, 64))
-    assert all(value.dtype == torch.float32 for value in output["likelihoods"].values())
-    assert seen == [torch.bfloat16, torch.float32]
-
-
 @pytest.mark.parametrize(
     "name", ["elic2022-official", "elic2022-chandelier", "cheng2020-anchor-checkerboard", "mbt2018"]
 )
@@ -430,12 +333,21 @@ def test_the_context_models_train(tmp_path: Path, photos: Path, name: str) -> No
     assert math.isfinite(result.final_loss)
 
 
-def test_default_channels_follow_lambda() -> None:
-    assert resolve_channels("mbt2018-mean", None, 0.0130) == (128, 192)
-    assert resolve_channels("mbt2018-mean", None, 0.0483) == (192, 320)
-    assert resolve_channels("cheng2020-attn", None, 0.0018) == (128,)
-    assert resolve_channels("elic2022-official", None, 0.0130) == (192, 320)
-    assert model_class("elic2022-chandelier").__name__ == "Elic2022Chandelier"
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory.\nmore"), "lower --batch-size or --crop"),
+        (RuntimeError("no C++ compiler\nmore"), r"torch.compile failed \(no C\+\+ compiler\)"),
+    ],
+)
+def test_failures_of_the_machine_are_told(tmp_path: Path, photos: Path, monkeypatch, error, said: str) -> None:
+    def fail(self, batch):
+        raise error
+
+    monkeypatch.setattr(loop.Trainer, "_step", fail)
+    with pytest.raises(TrainingError, match=said) as caught:
+        train(tiny(tmp_path, photos, compile=True))
+    assert "\n" not in str(caught.value)
 
 
 def test_the_command_line_prints_a_summary(tmp_path: Path, photos: Path, capsys) -> None:
@@ -450,12 +362,12 @@ def test_the_command_line_prints_a_summary(tmp_path: Path, photos: Path, capsys)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["seed"] == 5
 
 
-def test_the_parsers_import_neither_torch_nor_compressai() -> None:
+def test_the_parsers_import_no_optional_package() -> None:
     code = (
-        "import sys, types\n"
+        "import sys\n"
         "class Refuse:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.split('.')[0] in ('compressai', 'matplotlib', 'PIL', 'tqdm', 'skimage'):\n"
+        "        if name.split('.')[0] in ('compressai', 'matplotlib', 'PIL', 'skimage'):\n"
         "            raise AssertionError(name)\n"
         "sys.meta_path.insert(0, Refuse())\n"
         "import lic_fast.training.commands\n"
@@ -470,17 +382,3 @@ def test_a_missing_extra_is_named(monkeypatch) -> None:
     with pytest.raises(ImportError, match=re.escape("pytorch-msssim is not installed")) as caught:
         optional_import("pytorch_msssim")
     assert 'pip install "lic_fast[train]"' in str(caught.value)
-
-
-def test_draws_are_a_fixed_function() -> None:
-    first = data_module.draws(1, 2, 3, 4, 3)
-    assert data_module.draws(1, 2, 3, 4, 3) == first
-    assert (
-        len(
-            {
-                tuple(data_module.draws(*key, 3))
-                for key in [(1, 2, 3, 4), (0, 2, 3, 4), (1, 1, 3, 4), (1, 2, 4, 3)]
-            }
-        )
-        == 4
-    )

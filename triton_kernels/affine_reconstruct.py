@@ -214,7 +214,11 @@ def affine_reconstruct_bwd_out(
 
 def _aot() -> list[tuple]:
     cases = []
-    for w, k, wide in (("fp32", "fp32", tl.float32), ("bf16", "fp32", tl.float32), ("fp64", "fp64", tl.float64)):
+    for w, k, wide in (
+        ("fp32", "fp32", tl.float32),
+        ("bf16", "fp32", tl.float32),
+        ("fp64", "fp64", tl.float64),
+    ):
         pointers = {"mode_ptr": "*u8", "tied_ptr": "*u8", "refs_ptr": f"*{k}", "n": "i64", "modes": "i32"}
         forward = {"w_ptr": f"*{w}", "out_ptr": f"*{w}", "k_ptr": f"*{k}", "d_ptr": f"*{k}"}
         values = {"HAS_TIED": True, "WIDE": wide, "BLOCK": BLOCK}

@@ -50,7 +50,7 @@ def sma_update_kernel(table_ptr, alpha_bits: tl.int64, RESET: tl.constexpr, ALIG
     slow = tl.load(row + 2)
     fast = tl.load(row + 3)
     code = tl.load(row + 4)
-    alpha = tl.cast(alpha_bits, tl.float64, bitcast=True)  # a float argument would arrive in fp32
+    alpha = tl.cast(alpha_bits.to(tl.int64), tl.float64, bitcast=True)  # a float argument would arrive in fp32
     if ALIGNED:
         slow = tl.multiple_of(slow, 16)
         fast = tl.multiple_of(fast, 16)

@@ -26,7 +26,7 @@ struct ListTable {
 #ifdef __CUDACC__
   __device__
 #endif
-  int32_t entry_of(int32_t b) const {
+      int32_t entry_of(int32_t b) const {
     int32_t low = 0, high = count - 1;
     while (low < high) {
       const int32_t middle = (low + high + 1) >> 1;

@@ -2,10 +2,9 @@
 //
 // Forward, fp32, tied mask given: reads w, k, d (4 bytes each), mode and tied (1 each), writes out (4): 18 bytes an
 // element, every byte once; refs (M values) stay in cache. A list of tensors is one parallel region over fixed chunks.
-// Backward: one pass; the gradient of refs is summed in fp64 (of products in fp32 where w is) per chunk, then over the chunks in their order, so that
-// it does not depend on the number of threads.
-// Takes w fp32, bf16, fp64; k, d and refs of w's dtype, or fp32 where w is bf16; mode uint8, int16, int32. Tensors
-// must be dense and laid out alike.
+// Backward: one pass; the gradient of refs is summed in fp64 (of products in fp32 where w is) per chunk, then over the
+// chunks in their order, so that it does not depend on the number of threads. Takes w fp32, bf16, fp64; k, d and refs
+// of w's dtype, or fp32 where w is bf16; mode uint8, int16, int32. Tensors must be dense and laid out alike.
 #include <limits>
 
 #include "cpu/simd.h"
@@ -265,8 +264,8 @@ bool affine_reconstruct_out(Tensor w, Tensor k, Tensor d, Tensor mode, Tensor re
   return run_forward(chunks, refs);
 }
 
-bool affine_reconstruct_(std::vector<Tensor> w, std::vector<Tensor> k, std::vector<Tensor> d,
-                         std::vector<Tensor> mode, Tensor refs, std::vector<Tensor> tied) {
+bool affine_reconstruct_(std::vector<Tensor> w, std::vector<Tensor> k, std::vector<Tensor> d, std::vector<Tensor> mode,
+                         Tensor refs, std::vector<Tensor> tied) {
   for (const auto* list : {&k, &d, &mode}) check_same_length(w.size(), list->size());
   if (!tied.empty()) check_same_length(w.size(), tied.size());
   std::vector<Chunk> chunks;
@@ -297,7 +296,8 @@ void affine_reconstruct_bwd_out(Tensor grad, Tensor k, Tensor mode, Tensor refs,
   whole.mode_type = dtype_code(mode);
   whole.grad_k = wanted(grad_k);
   whole.grad_d = wanted(grad_d);
-  // Partial sums cost chunks * kLanes * M doubles: longer chunks where M is large, never a function of the thread count.
+  // Partial sums cost chunks * kLanes * M doubles: longer chunks where M is large, never a function of the thread
+  // count.
   const int64_t chunk = std::max<int64_t>(kChunk, 4 * kLanes * modes);
   std::vector<Chunk> chunks;
   append_chunks(chunks, whole, grad.element_size(), k.element_size(), mode.element_size(), chunk);

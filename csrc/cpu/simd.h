@@ -149,12 +149,8 @@ F select_simd(F generic, F avx2, F avx512) {
 
 }  // namespace lic_fast
 
-#define LIC_FAST_SIMD_VARIANTS(name, parameters, arguments)                                               \
-  static void name##_generic parameters { name##_body<::lic_fast::Generic> arguments; } \
-  LIC_FAST_TARGET(LIC_FAST_AVX2) static void name##_avx2 parameters {                       \
-    name##_body<::lic_fast::Avx2> arguments;                                                  \
-  }                                                                                           \
-  LIC_FAST_TARGET(LIC_FAST_AVX512) static void name##_avx512 parameters {                   \
-    name##_body<::lic_fast::Avx512> arguments;                                                \
-  }                                                                                           \
+#define LIC_FAST_SIMD_VARIANTS(name, parameters, arguments)                                                            \
+  static void name##_generic parameters { name##_body<::lic_fast::Generic> arguments; }                                \
+  LIC_FAST_TARGET(LIC_FAST_AVX2) static void name##_avx2 parameters { name##_body<::lic_fast::Avx2> arguments; }       \
+  LIC_FAST_TARGET(LIC_FAST_AVX512) static void name##_avx512 parameters { name##_body<::lic_fast::Avx512> arguments; } \
   static const auto name = ::lic_fast::select_simd(name##_generic, name##_avx2, name##_avx512)

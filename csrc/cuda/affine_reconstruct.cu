@@ -191,12 +191,18 @@ Entry make_entry(const Tensor& w, const Tensor& out, const Tensor& k, const Tens
                  const Tensor* tied) {
   for (const Tensor* t : {&out, &k, &d, &mode}) check_same_numel(w, *t);
   if (tied) check_same_numel(w, *tied);
-  Entry e{w.const_data_ptr(), out.mutable_data_ptr(), k.const_data_ptr(), d.const_data_ptr(), mode.const_data_ptr(),
-          tied ? static_cast<const uint8_t*>(tied->const_data_ptr()) : nullptr, w.numel(), types_code(w, k),
-          static_cast<int8_t>(dtype_code(mode)), 0};
-  e.vector = aligned4(e.w, w.element_size()) && aligned4(e.out, w.element_size()) &&
-             aligned4(e.k, k.element_size()) && aligned4(e.d, d.element_size()) &&
-             aligned4(e.mode, mode.element_size()) && aligned4(e.tied, 1);
+  Entry e{w.const_data_ptr(),
+          out.mutable_data_ptr(),
+          k.const_data_ptr(),
+          d.const_data_ptr(),
+          mode.const_data_ptr(),
+          tied ? static_cast<const uint8_t*>(tied->const_data_ptr()) : nullptr,
+          w.numel(),
+          types_code(w, k),
+          static_cast<int8_t>(dtype_code(mode)),
+          0};
+  e.vector = aligned4(e.w, w.element_size()) && aligned4(e.out, w.element_size()) && aligned4(e.k, k.element_size()) &&
+             aligned4(e.d, d.element_size()) && aligned4(e.mode, mode.element_size()) && aligned4(e.tied, 1);
   return e;
 }
 
@@ -226,8 +232,8 @@ bool affine_reconstruct_out(Tensor w, Tensor k, Tensor d, Tensor mode, Tensor re
   return true;
 }
 
-bool affine_reconstruct_(std::vector<Tensor> w, std::vector<Tensor> k, std::vector<Tensor> d,
-                         std::vector<Tensor> mode, Tensor refs, std::vector<Tensor> tied) {
+bool affine_reconstruct_(std::vector<Tensor> w, std::vector<Tensor> k, std::vector<Tensor> d, std::vector<Tensor> mode,
+                         Tensor refs, std::vector<Tensor> tied) {
   for (const auto* list : {&k, &d, &mode}) check_same_length(w.size(), list->size());
   if (!tied.empty()) check_same_length(w.size(), tied.size());
   if (w.empty()) return true;

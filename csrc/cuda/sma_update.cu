@@ -116,6 +116,4 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lic_fast_cuda, m) {
   m.def("sma_update_(Tensor(a!)[] slow, Tensor(b!)[] fast, float alpha, bool reset) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(lic_fast_cuda, CUDA, m) {
-  m.impl("sma_update_", TORCH_BOX(&lic_fast::sma_update_));
-}
+STABLE_TORCH_LIBRARY_IMPL(lic_fast_cuda, CUDA, m) { m.impl("sma_update_", TORCH_BOX(&lic_fast::sma_update_)); }

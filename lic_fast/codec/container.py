@@ -59,17 +59,12 @@ def pack(stream: Stream) -> bytes:
     """The container of `stream`. Raises ValueError or TypeError where a field cannot be stored."""
     name = stream.model.encode("ascii")
     if not 1 <= len(name) <= 255:
-        raise ValueError(
-            f"pack: the model name must have 1 to 255 ASCII letters, got {len(name)}; shorten it"
-        )
+        raise ValueError(f"pack: the model name must have 1 to 255 ASCII letters, got {len(name)}; shorten it")
     if len(stream.digest) != _DIGEST_BYTES:
-        raise ValueError(
-            f"pack: the digest must have {_DIGEST_BYTES} bytes, got {len(stream.digest)}; use BLAKE2b-128"
-        )
+        raise ValueError(f"pack: the digest must have {_DIGEST_BYTES} bytes, got {len(stream.digest)}; use BLAKE2b-128")
     if not (0 < stream.height <= _MAX_SIDE and 0 < stream.width <= _MAX_SIDE):
         raise ValueError(
-            f"pack: a side must have 1 to {_MAX_SIDE} pixels, got {stream.height} x {stream.width}; "
-            "split the image"
+            f"pack: a side must have 1 to {_MAX_SIDE} pixels, got {stream.height} x {stream.width}; split the image"
         )
     flags = FLAG_CUDA * stream.cuda | FLAG_SLOW * stream.slow | FLAG_CHECK * (stream.check is not None)
     body = bytearray([len(name)]) + name + stream.digest + _SIZE.pack(stream.height, stream.width)
@@ -90,18 +85,14 @@ def unpack(data: bytes) -> Stream:
     digest = reader.take(_DIGEST_BYTES, "digest")
     height, width = _SIZE.unpack(reader.take(_SIZE.size, "image size"))
     if not (0 < height <= _MAX_SIDE and 0 < width <= _MAX_SIDE):
-        raise BitstreamError(
-            f"unpack: impossible image size, got {height} x {width}; the stream is malformed"
-        )
+        raise BitstreamError(f"unpack: impossible image size, got {height} x {width}; the stream is malformed")
     check = _U32.unpack(reader.take(_U32.size, "pixel check"))[0] if flags & FLAG_CHECK else None
     shape = reader.tree("latent shape", {_INT, _LIST, _DICT}, tuple)
     strings = reader.tree("strings", {_LIST, _DICT, _BYTES}, list)
     if reader.left():
         raise BitstreamError(f"unpack: {reader.left()} bytes follow the strings; the stream is malformed")
     if not name.isascii() or not name:
-        raise BitstreamError(
-            f"unpack: the model name is not ASCII text, got {name!r}; the stream is malformed"
-        )
+        raise BitstreamError(f"unpack: the model name is not ASCII text, got {name!r}; the stream is malformed")
     return Stream(
         name.decode("ascii"), digest, height, width, shape, strings, bool(flags & FLAG_CUDA),
         bool(flags & FLAG_SLOW), check,
@@ -111,20 +102,14 @@ def unpack(data: bytes) -> Stream:
 def _checked(data: bytes) -> bytes:
     """`data`, once its magic, version, flags, length and CRC-32 are those of a container we read."""
     if len(data) < _HEAD.size:
-        raise BitstreamError(
-            f"unpack: a container has at least {_HEAD.size} bytes, got {len(data)}; it is truncated"
-        )
+        raise BitstreamError(f"unpack: a container has at least {_HEAD.size} bytes, got {len(data)}; it is truncated")
     magic, version, flags, total = _HEAD.unpack_from(data)
     if magic != MAGIC:
         raise BitstreamError(f"unpack: not a LICF container, it begins with {magic!r}; pass a .licf file")
     if version != VERSION:
-        raise BitstreamError(
-            f"unpack: container version {version}, this build reads {VERSION}; update lic_fast"
-        )
+        raise BitstreamError(f"unpack: container version {version}, this build reads {VERSION}; update lic_fast")
     if flags & ~_KNOWN_FLAGS:
-        raise BitstreamError(
-            f"unpack: unknown flags {flags:#04x}; the stream is damaged or newer than this build"
-        )
+        raise BitstreamError(f"unpack: unknown flags {flags:#04x}; the stream is damaged or newer than this build")
     if len(data) != total:
         what = "truncated" if len(data) < total else "followed by other data"
         raise BitstreamError(f"unpack: the container has {total} bytes, got {len(data)}; it is {what}")
@@ -137,9 +122,7 @@ def _write_tree(out: bytearray, node: Any, depth: int) -> None:
     if depth > _MAX_DEPTH:
         raise ValueError(f"pack: nested deeper than {_MAX_DEPTH} levels; flatten the strings")
     if isinstance(node, bool) or not isinstance(node, (int, bytes, list, tuple, dict)):
-        raise TypeError(
-            f"pack: shapes and strings hold integers, bytes, lists and dictionaries, got {type(node)}"
-        )
+        raise TypeError(f"pack: shapes and strings hold integers, bytes, lists and dictionaries, got {type(node)}")
     if isinstance(node, int):
         _write_number(out, _INT, node)
     elif isinstance(node, bytes):
@@ -175,9 +158,7 @@ class _Reader:
 
     def take(self, count: int, what: str) -> bytes:
         if count > self.left():
-            raise BitstreamError(
-                f"unpack: the {what} needs {count} bytes, {self.left()} are left; malformed stream"
-            )
+            raise BitstreamError(f"unpack: the {what} needs {count} bytes, {self.left()} are left; malformed stream")
         self.at += count
         return self.data[self.at - count : self.at]
 
@@ -195,9 +176,7 @@ class _Reader:
     def tree(self, what: str, allowed: set[int], sequence: type, depth: int = 0) -> Any:
         tag, count = self.take(1, what)[0], self.number(what)
         if tag not in allowed or depth > _MAX_DEPTH:
-            raise BitstreamError(
-                f"unpack: unexpected entry in the {what}, got tag {tag} at depth {depth}; malformed"
-            )
+            raise BitstreamError(f"unpack: unexpected entry in the {what}, got tag {tag} at depth {depth}; malformed")
         if tag == _INT:
             return count
         if tag == _BYTES:
@@ -215,7 +194,5 @@ class _Reader:
         tag, count = self.take(1, what)[0], self.number(what)
         key = self.take(count, what)
         if tag != _BYTES or not key.isascii():
-            raise BitstreamError(
-                f"unpack: a key of the {what} is not ASCII text, got {key!r}; malformed stream"
-            )
+            raise BitstreamError(f"unpack: a key of the {what} is not ASCII text, got {key!r}; malformed stream")
         return key.decode("ascii")

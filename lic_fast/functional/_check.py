@@ -64,4 +64,6 @@ def dtype_in(function: str, name: str, value: Tensor, allowed: Sequence[torch.dt
 def no_leaf_in_place(function: str, name: str, values: Sequence[Tensor]) -> None:
     """RuntimeError where a leaf that requires grad would be changed in place while gradients are recorded."""
     if torch.is_grad_enabled() and any(value.requires_grad for value in values):
-        raise RuntimeError(f"{function}: {name} requires grad and would be changed in place; call it under torch.no_grad()")
+        raise RuntimeError(
+            f"{function}: {name} requires grad and would be changed in place; call it under torch.no_grad()"
+        )

@@ -58,6 +58,7 @@ def affine_reconstruct_(
     w, k, d, mode, tied: as in affine_reconstruct, each a tensor or a list of as many; refs [M] serves all of them.
     Elements that are not tied keep their bits. Where a mode lies outside [0, M) the CPU raises before anything is
     written. Raises what affine_reconstruct raises, and RuntimeError for a w that requires grad outside no_grad.
+    Source: as affine_reconstruct.
     """
     f = "affine_reconstruct_"
     ws, ks, ds, modes = (
@@ -114,9 +115,7 @@ def sma_update_(
     _mark_changed([*slows, *fasts] if reset else slows)
 
 
-def _check_embedding(
-    f: str, w: Tensor, k: Tensor, d: Tensor, mode: Tensor, refs: Tensor, tied: Tensor | None
-) -> None:
+def _check_embedding(f: str, w: Tensor, k: Tensor, d: Tensor, mode: Tensor, refs: Tensor, tied: Tensor | None) -> None:
     same_shape(f, ("w", w), ("k", k), ("d", d), ("mode", mode), ("tied", tied))
     if refs.dim() != 1:
         raise ValueError(f"{f}: refs must have one dimension [M], got shape {list(refs.shape)}")

@@ -105,11 +105,17 @@ def _spec(name: str, wrap: Callable[..., Any], kernel: str, plain: Callable[...,
     cpp_dtypes = tuple(dtype for dtype in FLOATS if dtype is not torch.float16)
     impls = {
         "cuda": Impl(
-            wrap(_native_kernel("cuda", kernel)), ("cuda",), FLOATS, lambda device: _native.why_not("cuda", device)
+            wrap(_native_kernel("cuda", kernel)),
+            ("cuda",),
+            FLOATS,
+            lambda device: _native.why_not("cuda", device),
         ),
         "triton": Impl(wrap(_triton_kernel(kernel)), ("cuda", "cpu"), FLOATS, _triton.why_not),
         "cpp": Impl(
-            wrap(_native_kernel("cpp", kernel)), ("cpu",), cpp_dtypes, lambda device: _native.why_not("cpp", device)
+            wrap(_native_kernel("cpp", kernel)),
+            ("cpu",),
+            cpp_dtypes,
+            lambda device: _native.why_not("cpp", device),
         ),
         "reference": Impl(plain, ("cpu", "cuda"), FLOATS),
     }
@@ -126,9 +132,7 @@ def _forward(w: Tensor, k: Tensor, d: Tensor, mode: Tensor, refs: Tensor, tied: 
     return FORWARD(w, w, k, d, mode, refs, tied)
 
 
-def _forward_(
-    w: list[Tensor], k: list[Tensor], d: list[Tensor], mode: list[Tensor], refs: Tensor, tied: Masks
-) -> None:
+def _forward_(w: list[Tensor], k: list[Tensor], d: list[Tensor], mode: list[Tensor], refs: Tensor, tied: Masks) -> None:
     if w:
         FORWARD_(w[0], w, k, d, mode, refs, tied)
 
@@ -150,11 +154,12 @@ def _fake_backward(
     return (*wanted, refs.new_empty(refs.numel() if need[3] else 0))
 
 
-_ARGUMENTS = "Tensor mode, Tensor refs, Tensor? tied"
+# "mode_index": torch's own machinery passes a keyword named mode
+_ARGUMENTS = "Tensor mode_index, Tensor refs, Tensor? tied"
 define(
     f"affine_reconstruct(Tensor w, Tensor k, Tensor d, {_ARGUMENTS}) -> Tensor",
     _forward,
-    lambda w, k, d, mode, refs, tied: torch.empty_like(w),
+    lambda w, k, d, mode_index, refs, tied: torch.empty_like(w),
 )
 define(
     f"affine_reconstruct_bwd(Tensor grad, Tensor k, {_ARGUMENTS}, bool[] need) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -162,9 +167,10 @@ define(
     _fake_backward,
 )
 define(
-    "affine_reconstruct_(Tensor(a!)[] w, Tensor[] k, Tensor[] d, Tensor[] mode, Tensor refs, Tensor[] tied) -> ()",
+    "affine_reconstruct_(Tensor(a!)[] w, Tensor[] k, Tensor[] d, Tensor[] mode_index, Tensor refs, Tensor[] tied)"
+    " -> ()",
     _forward_,
-    lambda w, k, d, mode, refs, tied: None,
+    lambda w, k, d, mode_index, refs, tied: None,
 )
 
 

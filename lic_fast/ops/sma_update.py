@@ -31,7 +31,8 @@ def _run(
         reference([slow[i] for i in rest], [fast[i] for i in rest], alpha, reset)
         slow = [t for t, ok in zip(slow, flat, strict=True) if ok]
         fast = [t for t, ok in zip(fast, flat, strict=True) if ok]
-    kernel(slow, fast, alpha, reset)
+    if slow:
+        kernel(slow, fast, alpha, reset)
 
 
 def _cuda(slow: list[Tensor], fast: list[Tensor], alpha: float, reset: bool) -> None:

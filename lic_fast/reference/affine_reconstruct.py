@@ -32,9 +32,7 @@ def mode_error(mode: Tensor, refs: Tensor) -> str:
     )
 
 
-def affine_reconstruct(
-    w: Tensor, k: Tensor, d: Tensor, mode: Tensor, refs: Tensor, tied: Tensor | None
-) -> Tensor:
+def affine_reconstruct(w: Tensor, k: Tensor, d: Tensor, mode: Tensor, refs: Tensor, tied: Tensor | None) -> Tensor:
     """k * refs[mode] + d where tied, else w: rounded after the product, after the sum, and once into w's dtype."""
     wide = wide_dtype(k)
     value = (k.to(wide) * look_up(refs, mode) + d.to(wide)).to(w.dtype)

@@ -31,9 +31,7 @@ _FIELDS = "config data model slow optimizer aux_optimizer scheduler progress rng
 
 def save_checkpoint(path: Path, contents: dict[str, Any]) -> None:
     """Write `contents` atomically. Raises TrainingError; the previous checkpoint then stays as it was."""
-    buffer = (
-        io.BytesIO()
-    )  # so that a full disk is met by the plain write below and not inside torch's zip writer
+    buffer = io.BytesIO()  # so that a full disk is met by the plain write below and not inside torch's zip writer
     torch.save({"kind": KIND, "format": FORMAT, **contents}, buffer)
     atomic_write(path, buffer.getvalue())
 
@@ -42,15 +40,11 @@ def load_checkpoint(path: str | Path, command: str) -> dict[str, Any]:
     """The contents of a checkpoint, on the CPU. Raises TrainingError: missing, foreign, damaged or newer."""
     path = Path(path)
     if not path.is_file():
-        raise TrainingError(
-            f"{command}: no checkpoint at {path}; give the checkpoint.pt that lic-fast train wrote"
-        )
+        raise TrainingError(f"{command}: no checkpoint at {path}; give the checkpoint.pt that lic-fast train wrote")
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise TrainingError(
-            f"{command}: cannot read {path}: {error.strerror or error}; check the file"
-        ) from error
+        raise TrainingError(f"{command}: cannot read {path}: {error.strerror or error}; check the file") from error
     except (
         RuntimeError,
         pickle.UnpicklingError,

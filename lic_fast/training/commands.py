@@ -16,7 +16,10 @@ _DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConf
 
 
 def _channels(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"not whole numbers, got {text!r}; pass for example 128,192") from None
 
 
 def add_train_parser(subparsers: Any) -> None:
@@ -78,9 +81,7 @@ def _add_data_options(option: Any) -> None:
 
 def _add_method_options(option: Any) -> None:
     lambdas = ", ".join(f"{value:g}" for value in LAMBDAS)
-    option(
-        "--lmbda", f"weight of the distortion; the usual ones are {lambdas}; any positive number", type=float
-    )
+    option("--lmbda", f"weight of the distortion; the usual ones are {lambdas}; any positive number", type=float)
     option("--channels", "sizes other than the model's own", type=_channels, metavar="N[,M]")
     option("--optimizer", "adam or adam-fused", metavar="NAME")
     option("--lr", "learning rate", type=float)
@@ -106,9 +107,7 @@ def _add_machine_options(option: Any) -> None:
     option("--channels-last", "channels-last memory format", action="store_true")
     option("--compile", "torch.compile the model", action="store_true")
     option("--workers", "processes that read photographs; 0 reads in this one", type=int, metavar="N")
-    option(
-        "--checkpoint-every", "save also after so many steps, not only each epoch", type=int, metavar="STEPS"
-    )
+    option("--checkpoint-every", "save also after so many steps, not only each epoch", type=int, metavar="STEPS")
     option("--quiet", "no progress bar", action="store_true")
 
 
@@ -153,9 +152,7 @@ def add_evaluate_parser(subparsers: Any) -> None:
     )
     _add_checkpoint(parser)
     parser.add_argument("folder", metavar="DIR", help="folder of photographs, searched in depth")
-    parser.add_argument(
-        "--output", metavar="DIR", help="where to write (default: evaluate, beside the checkpoint)"
-    )
+    parser.add_argument("--output", metavar="DIR", help="where to write (default: evaluate, beside the checkpoint)")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N images by name")
     _add_device(parser, "auto", ("auto", "cpu", "cuda"))
     _add_no_sma(parser)
@@ -163,23 +160,17 @@ def add_evaluate_parser(subparsers: Any) -> None:
 
 
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="the checkpoint.pt that lic-fast train wrote"
-    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="the checkpoint.pt that lic-fast train wrote")
 
 
-def _add_device(
-    parser: argparse.ArgumentParser, default: str, choices: tuple[str, ...], why: str = ""
-) -> None:
+def _add_device(parser: argparse.ArgumentParser, default: str, choices: tuple[str, ...], why: str = "") -> None:
     parser.add_argument(
         "--device", default=default, choices=choices, help=f"where to compute{why} (default: {default})"
     )
 
 
 def _add_no_sma(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--no-sma", action="store_true", help="the fast weights of a run with --sma, not the slow ones"
-    )
+    parser.add_argument("--no-sma", action="store_true", help="the fast weights of a run with --sma, not the slow ones")
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
@@ -200,9 +191,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
 
 def add_compress_parser(subparsers: Any) -> None:
     """Add `compress` to the subparsers of lic-fast."""
-    parser = subparsers.add_parser(
-        "compress", help="compress a photograph", description="Compress a photograph."
-    )
+    parser = subparsers.add_parser("compress", help="compress a photograph", description="Compress a photograph.")
     _add_checkpoint(parser)
     parser.add_argument("image", metavar="IMAGE", help="any picture that PIL reads; coded as 8-bit RGB")
     parser.add_argument("out", metavar="OUT.licf", help="file to write")
@@ -219,9 +208,7 @@ def run_compress(args: argparse.Namespace) -> int:
     from lic_fast.training.image_codec import ImageCodec, psnr
 
     pixels = load_rgb(Path(args.image))
-    codec = ImageCodec(
-        args.checkpoint, device=args.device, slow=False if args.no_sma else None, command="compress"
-    )
+    codec = ImageCodec(args.checkpoint, device=args.device, slow=False if args.no_sma else None, command="compress")
     data, quality = codec.encode(pixels), "not verified"
     if not args.no_verify:
         data, decoded = codec.verified(pixels, data)
@@ -235,9 +222,7 @@ def run_compress(args: argparse.Namespace) -> int:
 
 def add_decompress_parser(subparsers: Any) -> None:
     """Add `decompress` to the subparsers of lic-fast."""
-    parser = subparsers.add_parser(
-        "decompress", help="decompress a .licf file", description="Decompress a .licf file."
-    )
+    parser = subparsers.add_parser("decompress", help="decompress a .licf file", description="Decompress a .licf file.")
     _add_checkpoint(parser)
     parser.add_argument("stream", metavar="IN.licf", help="file that lic-fast compress wrote")
     parser.add_argument("out", metavar="OUT.png", help="PNG to write")

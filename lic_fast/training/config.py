@@ -76,16 +76,12 @@ class TrainConfig:
         self._check("device", self.device in ("auto", "cpu", "cuda"), "auto, cpu or cuda")
         self._check("amp", self.amp in ("off", "bf16"), "off or bf16")
         if self.steps is not None and self.epochs is not None:
-            raise ValueError(
-                f"train: steps and epochs are both given, got {self.steps} and {self.epochs}; give one"
-            )
+            raise ValueError(f"train: steps and epochs are both given, got {self.steps} and {self.epochs}; give one")
 
     def _check(self, name: str, good: bool, wanted: str) -> None:
         if not good:
             option = "--" + name.replace("_", "-")
-            raise ValueError(
-                f"train: {name} is out of range, got {getattr(self, name)!r}; {option} takes {wanted}"
-            )
+            raise ValueError(f"train: {name} is out of range, got {getattr(self, name)!r}; {option} takes {wanted}")
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values only, as checkpoint.pt and config.json hold them."""

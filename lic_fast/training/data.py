@@ -95,9 +95,7 @@ class Photos:
 
     def fingerprint(self) -> str:
         """Tells two sets of file names apart; 32 hexadecimal digits."""
-        return hashlib.blake2b(
-            "\n".join(self.names).encode("utf-8", "surrogateescape"), digest_size=16
-        ).hexdigest()
+        return hashlib.blake2b("\n".join(self.names).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
     def warning(self) -> str | None:
         """One line about the broken files, or None."""
@@ -164,9 +162,7 @@ def _skimage_photos() -> tuple[list[Path], list[str]]:
     root = Path(optional_import("skimage").data_dir)
     names = [name for name in SKIMAGE_PHOTOS if (root / name).is_file()]
     if not names:
-        raise TrainingError(
-            f"train: scikit-image carries no photographs in {root}; give a folder with --data DIR"
-        )
+        raise TrainingError(f"train: scikit-image carries no photographs in {root}; give a folder with --data DIR")
     return [root / name for name in names], names
 
 

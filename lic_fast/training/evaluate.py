@@ -128,10 +128,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells = ("" if row[n] is None else f.format(row[n]) for n, f in zip(_AVERAGED, formats, strict=True))
         lines.append((row["image"], size, *cells))
     widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
-    text = [
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
-        for line in lines
-    ]
+    text = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]
     text.insert(1, "-" * max(map(len, text)))
     text.insert(-1, text[1])
     if any(row["ms_ssim"] is None for row in rows):

@@ -94,9 +94,7 @@ class Log:
 
     def write(self, row: dict[str, float | int]) -> None:
         """Append `row`; floats carry the 9 digits that identify an fp32 value."""
-        cells = (
-            f"{value:.9g}" if isinstance(value, float) else str(value) for value in map(row.get, COLUMNS)
-        )
+        cells = (f"{value:.9g}" if isinstance(value, float) else str(value) for value in map(row.get, COLUMNS))
         try:
             _write_all(self._file, (",".join(cells) + "\n").encode())
         except OSError as error:

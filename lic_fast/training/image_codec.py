@@ -68,17 +68,13 @@ class ImageCodec:
     any. Raises TrainingError (checkpoint, device) and ImportError.
     """
 
-    def __init__(
-        self, checkpoint: str | Path, *, device: str = "auto", slow: bool | None = None, command: str
-    ) -> None:
+    def __init__(self, checkpoint: str | Path, *, device: str = "auto", slow: bool | None = None, command: str) -> None:
         saved = load_checkpoint(checkpoint, command)
         self.config = from_dict(saved["config"])
         self.command = command
         self.slow = saved["slow"] is not None if slow is None else slow
         if self.slow and saved["slow"] is None:
-            raise TrainingError(
-                f"{command}: {checkpoint} holds no slow weights; it was trained without --sma"
-            )
+            raise TrainingError(f"{command}: {checkpoint} holds no slow weights; it was trained without --sma")
         channels = resolve_channels(self.config.model, self.config.channels, self.config.lmbda)
         self.model = build_model(self.config.model, channels)
         load_weights(self.model, saved["model"] | (saved["slow"] if self.slow else {}))
@@ -86,9 +82,7 @@ class ImageCodec:
         if hasattr(self.model, "_compress_ar") and self.device.type == "cuda":
             if device == "auto":
                 self.device = torch.device("cpu")
-            _logger.warning(
-                "%s: %s codes one latent after another, on %s", command, self.config.model, self.device
-            )
+            _logger.warning("%s: %s codes one latent after another, on %s", command, self.config.model, self.device)
         self._prepare(checkpoint)
         self.multiple = max(64, getattr(self.model, "downsampling_factor", 64))
 
@@ -124,8 +118,7 @@ class ImageCodec:
                 coded = self.model.compress(self._padded(pixels))
         except (AssertionError, IndexError, RuntimeError, ValueError) as error:
             raise TrainingError(
-                f"{self.command}: {self.config.model} cannot code this image ({_first_line(error)}); "
-                "train it longer"
+                f"{self.command}: {self.config.model} cannot code this image ({_first_line(error)}); train it longer"
             ) from error
         stream = Stream(
             self.config.model, self.digest, height, width, _plain(coded["shape"]), coded["strings"],
@@ -156,9 +149,7 @@ class ImageCodec:
             with _reproducible():
                 x_hat = self.model.decompress(stream.strings, stream.shape)["x_hat"]
         except (AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise BitstreamError(
-                f"decode: {stream.model} rejects the stream ({_first_line(error)})"
-            ) from error
+            raise BitstreamError(f"decode: {stream.model} rejects the stream ({_first_line(error)})") from error
         x_hat = x_hat[0, :, : stream.height, : stream.width]
         if x_hat.shape[-2:] != (stream.height, stream.width):
             raise BitstreamError(
@@ -204,9 +195,7 @@ class ImageCodec:
                 channels = node[:-2]
                 fits = len(node) in (2, 3) and node[-2] <= sides[0] and node[-1] <= sides[1]
                 if not fits or any(value > _MAX_LATENT_CHANNELS for value in channels):
-                    raise BitstreamError(
-                        f"decode: a latent of shape {node} in a stream of this size; malformed stream"
-                    )
+                    raise BitstreamError(f"decode: a latent of shape {node} in a stream of this size; malformed stream")
             elif isinstance(node, tuple):
                 for entry in node:
                     visit(entry)

@@ -63,9 +63,7 @@ def train(config: TrainConfig) -> TrainResult:
     model_class(config.model)
     for name in ("matplotlib", "numpy", "tqdm", "PIL"):
         optional_import(name)
-    config = dataclasses.replace(
-        config, channels=resolve_channels(config.model, config.channels, config.lmbda)
-    )
+    config = dataclasses.replace(config, channels=resolve_channels(config.model, config.channels, config.lmbda))
     output = Path(config.output)
     saved = None
     if config.resume:
@@ -75,8 +73,7 @@ def train(config: TrainConfig) -> TrainResult:
         held = [name for name in (CHECKPOINT, LOG, CONFIG) if (output / name).exists()]
         if held:
             raise TrainingError(
-                f"train: {output} already holds a run ({held[0]}); "
-                "go on with --resume or choose another --output"
+                f"train: {output} already holds a run ({held[0]}); go on with --resume or choose another --output"
             )
     if config.backend != "auto":
         import lic_fast
@@ -85,7 +82,18 @@ def train(config: TrainConfig) -> TrainResult:
     trainer = Trainer(config)
     if saved is not None:
         trainer.restore(saved)
-    return trainer.run()
+    try:
+        return trainer.run()
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"train: the GPU has no memory left at batch size {config.batch_size} and crop {config.crop}; "
+            "lower --batch-size or --crop"
+        ) from error
+    except RuntimeError as error:
+        if isinstance(error, TrainingError) or not config.compile or trainer.progress.step > 0:
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise TrainingError(f"train: torch.compile failed ({reason}); run without --compile") from error
 
 
 def resumed_config(output: str, given: dict[str, Any]) -> TrainConfig:
@@ -124,7 +132,7 @@ class Trainer:
         self.forward = torch.compile(self.model) if config.compile else self.model
         self.criterion = RateDistortionLoss(config.lmbda)
         main, quantiles = split_parameters(self.model)
-        self.main = [parameter for _, parameter in main]
+        self.main_names, self.main = [name for name, _ in main], [parameter for _, parameter in main]
         self.optimizer = build_optimizer(self.main, config)
         self.aux_optimizer = torch.optim.Adam([parameter for _, parameter in quantiles], lr=config.aux_lr)
         self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
@@ -202,9 +210,7 @@ class Trainer:
     def _skip(self, bad: list[str]) -> None:
         self.progress.skipped += 1
         self.progress.skipped_in_a_row += 1
-        named = (
-            n for n, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()
-        )
+        named = (n for n, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all())
         first = next(named, "none")
         _logger.warning(
             "train: step %d skipped, nothing updated; not finite: %s; first parameter with such a gradient: "
@@ -275,20 +281,16 @@ class Trainer:
         try:
             yield from loader
         except TrainingError as error:  # a worker's comes with its traceback; the last line is the message
-            raise TrainingError(
-                str(error).strip().splitlines()[-1].rpartition("TrainingError: ")[2]
-            ) from error
+            raise TrainingError(str(error).strip().splitlines()[-1].rpartition("TrainingError: ")[2]) from error
 
     def _save(self) -> None:
         """Write the checkpoint, unless the weights are not finite: then the last good one stays."""
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
-            _logger.warning(
-                "train: the weights at step %d are not finite; no checkpoint written", self.progress.step
-            )
+            _logger.warning("train: the weights at step %d are not finite; no checkpoint written", self.progress.step)
             return
-        with self._slow_weights():
-            main, _ = split_parameters(self.model)
-            slow = {name: p.detach().clone() for name, p in main} if self.config.sma else None
+        slow = None
+        if self.config.sma:  # the tensors that SMA's state holds too; the file stores them once
+            slow = dict(zip(self.main_names, self.optimizer.slow_weights(), strict=True))
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         contents = {
             "config": self.config.as_dict(),

@@ -52,7 +52,7 @@ def model_class(name: str) -> type:
             f"train {name.removesuffix('-vbr')} instead"
         )
     if name not in trained:
-        near = difflib.get_close_matches(name, trained, n=1)
+        near = difflib.get_close_matches(name, trained, n=1) or [known for known in trained if name in known]
         hint = f"did you mean {near[0]}? " if near else ""
         raise ValueError(f"train: unknown model, got {name!r}; {hint}known: {', '.join(trained)}")
     return trained[name]

@@ -25,9 +25,7 @@ def build_optimizer(parameters: Iterable[torch.nn.Parameter], config: TrainConfi
     if config.optimizer not in OPTIMIZERS:
         near = difflib.get_close_matches(config.optimizer, OPTIMIZERS, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(
-            f"train: unknown optimizer, got {config.optimizer!r}; {hint}known: {', '.join(OPTIMIZERS)}"
-        )
+        raise ValueError(f"train: unknown optimizer, got {config.optimizer!r}; {hint}known: {', '.join(OPTIMIZERS)}")
     optimizer = OPTIMIZERS[config.optimizer](parameters, config.lr)
     if not config.sma:
         return optimizer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import statistics
 from pathlib import Path
 
 from lic_fast.training.errors import optional_import
@@ -18,9 +19,7 @@ _PANELS = (
 
 
 def _figure(width: float, height: float):
-    figure = optional_import("matplotlib.figure").Figure(
-        figsize=(width, height), layout="constrained", dpi=120
-    )
+    figure = optional_import("matplotlib.figure").Figure(figsize=(width, height), layout="constrained", dpi=120)
     optional_import("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
     return figure
 
@@ -36,22 +35,17 @@ def _style(axis) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _averaged(values: list[float], window: int) -> list[float]:
-    """Trailing means over `window` values; NaN (a skipped step) is left out."""
-    means, total, held = [], 0.0, []
-    for value in values:
-        held.append(value)
-        total += 0.0 if math.isnan(value) else value
-        if len(held) > window:
-            old = held.pop(0)
-            total -= 0.0 if math.isnan(old) else old
-        count = sum(not math.isnan(v) for v in held)
-        means.append(total / count if count else math.nan)
-    return means
+def _smoothed(values: list[float], window: int) -> list[float]:
+    """Trailing medians over `window` values: a spike of a single step does not bend them. NaN is left out."""
+    medians = []
+    for end in range(1, len(values) + 1):
+        held = [value for value in values[max(0, end - window) : end] if not math.isnan(value)]
+        medians.append(statistics.median(held) if held else math.nan)
+    return medians
 
 
 def plot_training(rows: list[dict[str, str]], path: Path, title: str) -> None:
-    """Loss, rate and PSNR over the steps, faint, and their trailing mean. Raises TrainingError (disk)."""
+    """Loss, rate and PSNR over the steps, faint, and their trailing median. Raises TrainingError (disk)."""
     rows = [row for row in rows if row["skipped"] == "0"]
     stride = max(1, len(rows) // _POINTS)
     chunks = [rows[i : i + stride] for i in range(0, len(rows), stride)]
@@ -63,9 +57,20 @@ def plot_training(rows: list[dict[str, str]], path: Path, title: str) -> None:
         values = [sum(float(row[name]) for row in chunk) / len(chunk) for chunk in chunks]
         shown = [value if math.isfinite(value) else math.nan for value in values]
         if window > 1:
-            axis.plot(steps, shown, color=colour, alpha=0.3, linewidth=0.8, label="step")
+            axis.plot(
+                steps,
+                shown,
+                color=colour,
+                alpha=0.3,
+                linewidth=0.8,
+                label="step" if stride == 1 else f"mean of {stride} steps",
+            )
         axis.plot(
-            steps, _averaged(shown, window), color=colour, linewidth=1.8, label=f"mean of {window * stride}"
+            steps,
+            _smoothed(shown, window),
+            color=colour,
+            linewidth=1.8,
+            label=f"median of {window}" if stride == 1 else "trailing median",
         )
         axis.set_ylabel(label)
         finite = [value for value in shown if value > 0]
@@ -79,23 +84,17 @@ def plot_training(rows: list[dict[str, str]], path: Path, title: str) -> None:
     _write(figure, path)
 
 
-def plot_evaluation(
-    points: list[tuple[float, float]], mean: tuple[float, float], path: Path, title: str
-) -> None:
+def plot_evaluation(points: list[tuple[float, float]], mean: tuple[float, float], path: Path, title: str) -> None:
     """Rate against PSNR, a dot an image and a cross for their mean. Raises TrainingError (disk)."""
     figure = _figure(6.5, 4.8)
     axis = figure.subplots()
-    axis.scatter(
-        *zip(*points, strict=True), s=26, color="#1f77b4", alpha=0.75, label=f"image ({len(points)})"
-    )
+    axis.scatter(*zip(*points, strict=True), s=26, color="#1f77b4", alpha=0.75, label=f"image ({len(points)})")
     axis.scatter(*mean, s=110, color="#d62728", marker="X", edgecolor="white", label="mean", zorder=3)
-    axis.annotate(
-        f"{mean[0]:.3f} bpp, {mean[1]:.2f} dB", mean, xytext=(8, -14), textcoords="offset points", fontsize=9
-    )
+    axis.annotate(f"{mean[0]:.3f} bpp, {mean[1]:.2f} dB", mean, xytext=(8, -14), textcoords="offset points", fontsize=9)
     axis.set_xlabel("rate [bits / pixel], bytes of the file")
     axis.set_ylabel("PSNR [dB]")
     axis.set_title(title, fontsize=10)
     axis.margins(0.12)
-    axis.legend(frameon=False, loc="lower right")
+    axis.legend(frameon=False, loc="best")
     _style(axis)
     _write(figure, path)

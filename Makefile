@@ -1,0 +1,55 @@
+# Every target is one thin command. `make demo` and `make test` need only python3 (3.10 or later) and a network.
+VENV ?= .venv
+PYTHON ?= python3
+RUN := $(VENV)/bin/python
+SOURCES := $(shell find csrc -type f) lic_fast/_build.py
+OPS := $(basename $(notdir $(wildcard lic_fast/ops/[a-z]*.py)))
+
+.PHONY: demo test native test-interpret compile-kernels gpu bench lint clean
+
+demo: native
+	$(RUN) -m lic_fast.benchmarks.demo
+
+test: native
+	$(RUN) -m pytest -q
+	$(MAKE) test-interpret
+
+# A virtual environment with torch, then lic_fast in place with all that tests, training and benchmarks need.
+$(VENV)/.installed: pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet "setuptools>=77" torch
+	$(RUN) -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	touch $@
+
+native: $(VENV)/.installed lic_fast/_build_info.json
+
+# Builds what this machine can: C++ where there is a compiler, CUDA where there is an nvcc; the rest runs without.
+lic_fast/_build_info.json: $(VENV)/.installed $(SOURCES)
+	$(RUN) -m lic_fast build --libraries auto || $(RUN) -m lic_fast doctor
+	touch $@
+
+# Triton kernels on the CPU, in a process of their own: the interpreter has to be on before triton is imported.
+test-interpret: native
+	TRITON_INTERPRET=1 $(RUN) -m pytest -q -k triton $(OPS:%=tests/test_%.py)
+
+compile-kernels: native
+	$(RUN) -m pytest -q tests/test_compile_kernels.py tests/test_packaging.py
+
+bench: native
+	$(RUN) -m lic_fast bench
+
+# For a machine with a CUDA GPU, torch, nvcc and pytest, and no network: builds in place, tests, benchmarks.
+gpu: export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+gpu:
+	$(PYTHON) -m lic_fast build --libraries cuda
+	$(PYTHON) -m lic_fast doctor
+	$(PYTHON) -m pytest -q --ignore=tests/test_packaging.py
+	$(PYTHON) -m lic_fast bench --device cuda
+
+lint: $(VENV)/.installed
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(filter csrc/%,$(SOURCES))
+
+clean:
+	rm -rf build dist demo *.egg-info lic_fast/*.so lic_fast/_build_info.json lic_fast/_build.log

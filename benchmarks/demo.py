@@ -1,0 +1,122 @@
+"""The README's first command: one small model trained twice on photographs, then one photograph to a file and back.
+
+`python -m lic_fast.benchmarks.demo [--data DIR] [--steps N] [--output DIR]`. The stock loop is PyTorch's Adam; the
+fast path is what lic_fast has for the same loop. Each run has a process of its own, so that its memory is its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import multiprocessing
+import shutil
+import statistics
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import lic_fast
+from lic_fast import cli
+from lic_fast.training import TrainConfig, TrainingError, TrainResult, train
+from lic_fast.training.files import read_log
+
+MODEL, CHANNELS, CROP, BATCH = "mbt2018-mean", (48, 72), 128, 8
+STOCK = {"optimizer": "adam"}
+FAST = {"optimizer": "adam-fused", "sma": True}
+OPS = {"fast": ["sma_update_"]}
+
+
+def _run(config: TrainConfig) -> TrainResult:
+    """In a fresh process: its peak memory is that of this run."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(train, config).result()
+
+
+def _photograph(data: str | None) -> Path:
+    if data is None:
+        import skimage
+
+        return Path(skimage.data_dir) / "astronaut.png"
+    from lic_fast.training.data import open_photos
+
+    return Path(open_photos(data, "demo").paths[0])
+
+
+def _plot(folders: dict[str, Path], path: Path, title: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for name, folder in folders.items():
+        rows = [row for row in read_log(folder / "log.csv") if row["skipped"] == "0"]
+        steps, losses = [int(row["step"]) for row in rows], [float(row["loss"]) for row in rows]
+        window = max(1, len(rows) // 10)
+        means = [statistics.fmean(losses[max(0, i - window + 1) : i + 1]) for i in range(len(losses))]
+        seconds = list(itertools.accumulate(float(row["step_seconds"]) for row in rows))
+        for axis, x in zip(axes, (steps, seconds), strict=True):
+            axis.plot(x, means, label=name)
+    for axis, label in zip(axes, ("step", "seconds in steps"), strict=True):
+        axis.set(xlabel=label, ylabel=f"R-D loss, mean of {window} steps", yscale="log")
+        axis.grid(alpha=0.25, which="both", linewidth=0.6)
+    axes[0].legend(frameon=False)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=120)
+
+
+def _table(results: dict[str, TrainResult]) -> str:
+    def ops(name: str) -> str:
+        chosen = [f"{op}: {lic_fast.explain(op).chosen}" for op in OPS.get(name, [])]
+        return ", ".join(chosen) or "PyTorch only"
+
+    lines = [
+        ("", *results),
+        ("final R-D loss", *(f"{r.final_loss:.4f}" for r in results.values())),
+        ("final bpp", *(f"{r.final_bpp:.4f}" for r in results.values())),
+        ("final PSNR [dB]", *(f"{r.final_psnr:.2f}" for r in results.values())),
+        ("step [ms, median]", *(f"{1e3 * r.step_seconds:.1f}" for r in results.values())),
+        ("optimizer [ms, median]", *(f"{1e3 * r.optimizer_seconds:.2f}" for r in results.values())),
+        ("peak memory [MiB]", *(f"{(r.peak_memory_bytes or 0) / 2**20:.0f}" for r in results.values())),
+        ("backends", *(ops(name) for name in results)),
+    ]
+    widths = [max(len(row[i]) for row in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the demo; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="lic_fast demo", description="Stock loop against fast path, small.")
+    parser.add_argument("--data", metavar="DIR", help="folder of photographs (default: those inside scikit-image)")
+    parser.add_argument("--steps", type=int, default=150, metavar="N")
+    parser.add_argument("--output", default="demo", metavar="DIR")
+    args = parser.parse_args(argv)
+    output = Path(args.output)
+    results = {}
+    for name, options in (("stock", STOCK), ("fast", FAST)):
+        folder = output / name
+        shutil.rmtree(folder, ignore_errors=True)
+        print(f"\n{name}: {MODEL} {CHANNELS}, {args.steps} steps, {options}", flush=True)
+        config = TrainConfig(
+            model=MODEL, channels=CHANNELS, output=str(folder), data=args.data, steps=args.steps, crop=CROP,
+            batch_size=BATCH, lr=1e-3, min_epoch_steps=args.steps, **options,
+        )  # fmt: skip
+        try:
+            results[name] = _run(config)
+        except (TrainingError, ValueError, ImportError) as error:
+            print(f"demo: error: {error}", file=sys.stderr)
+            return 2
+    print(f"\n{_table(results)}\n")
+    plot = output / "loss.png"
+    _plot({name: output / name for name in results}, plot, f"{MODEL} {CHANNELS}, batch {BATCH}, crop {CROP}")
+    print(f"plot: {plot}")
+    checkpoint, stream = str(output / "fast" / "checkpoint.pt"), str(output / "photograph.licf")
+    codes = [
+        cli.main(["compress", checkpoint, str(_photograph(args.data)), stream]),
+        cli.main(["decompress", checkpoint, stream, str(output / "photograph.png")]),
+    ]
+    return max(codes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
