@@ -186,14 +186,13 @@ def test_state_of_another_model_changes_nothing():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error"),
-    [({"alpha": 1.1}, ValueError), ({"alpha": float("nan")}, ValueError), ({"every": 0}, ValueError), ({"every": 1.5}, ValueError)],
-)  # fmt: skip
-def test_bad_arguments(arguments, error):
+    "arguments", [{"alpha": 1.1}, {"alpha": -0.1}, {"alpha": float("nan")}, {"every": 0}, {"every": 1.5}]
+)
+def test_bad_arguments(arguments):
     optimizer = torch.optim.SGD(model().parameters(), lr=0.1)
-    with pytest.raises(error, match="SMA: "):
+    with pytest.raises(ValueError, match="SMA: "):
         SMA(optimizer, **arguments)
-    with pytest.raises(TypeError, match="must be a torch.optim.Optimizer, got list"):
+    with pytest.raises(TypeError, match="Optimizer, got list"):
         SMA([1])
     with pytest.raises(TypeError, match="already averaged"):
         SMA(SMA(optimizer))
