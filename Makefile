@@ -24,7 +24,7 @@ $(VENV)/.installed: pyproject.toml setup.py
 native: $(VENV)/.installed lic_fast/_build_info.json
 
 # Builds what this machine can: C++ where there is a compiler, CUDA where there is an nvcc; the rest runs without.
-lic_fast/_build_info.json: $(VENV)/.installed $(SOURCES)
+lic_fast/_build_info.json: $(SOURCES) | $(VENV)/.installed
 	$(RUN) -m lic_fast build --libraries auto || $(RUN) -m lic_fast doctor
 	touch $@
 

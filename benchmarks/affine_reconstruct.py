@@ -110,7 +110,7 @@ def _plain(w: Tensor, k: Tensor, d: Tensor, index: Tensor, refs: Tensor, tied: T
 def _fused(w: Tensor, k: Tensor, d: Tensor, index: Tensor, refs: Tensor, tied: Tensor | None) -> Tensor:
     """The same as torch.compile fuses it."""
     value = k * refs.index_select(0, index.int()) + d
-    return value if tied is None else torch.where(tied, value, w)
+    return value if tied is None else torch.where(tied != 0, value, w)
 
 
 def _fused_(w: Tensor, k: Tensor, d: Tensor, index: Tensor, refs: Tensor, tied: Tensor | None) -> None:
@@ -118,9 +118,14 @@ def _fused_(w: Tensor, k: Tensor, d: Tensor, index: Tensor, refs: Tensor, tied: 
 
 
 def _compiled_arguments(x: _Inputs) -> tuple[Any, ...]:
-    """Of the flat inputs; the index makes the faster code: int32 on the CPU, the bytes of mode on CUDA."""
-    index = x.mode[0] if x.w[0].is_cuda else x.index[0]
-    return x.w[0], x.k[0], x.d[0], index, x.refs, x.masks()[0]
+    """Of the flat inputs; index and mask in the dtypes that make the faster code.
+
+    On CUDA their bytes as they are. On the CPU int32: over bytes, torch.compile generates loops without SIMD.
+    """
+    index, tied = x.mode[0], x.masks()[0]
+    if not x.w[0].is_cuda:
+        index, tied = x.index[0], None if tied is None else tied.int()
+    return x.w[0], x.k[0], x.d[0], index, x.refs, tied
 
 
 def _exact(x: _Inputs) -> list[Tensor]:
@@ -264,8 +269,8 @@ def _backward(flat: _Inputs, settings: Settings) -> tuple[list[Case], Expected, 
     cases.append(case("eager", eager))
     reason = compile_why_not(settings.device)
     if reason is None:
-        function, looked_up = compiled(_fused), _compiled_arguments(flat)[3]
-        cases.append(case("torch.compile", _Graph(lambda: function(w, k, d, looked_up, refs, tied), leaves, grad)))
+        function, (*_, which, _, mask) = compiled(_fused), _compiled_arguments(flat)
+        cases.append(case("torch.compile", _Graph(lambda: function(w, k, d, which, refs, mask), leaves, grad)))
     else:
         left_out["torch.compile"] = reason
     eager.prepare()

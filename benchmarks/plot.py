@@ -39,6 +39,10 @@ def panels(rows: Sequence[dict[str, str]]) -> list[list[dict[str, str]]]:
     return [sorted(run, key=lambda row: float(row["median_ms"])) for run in latest]
 
 
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _panel(axes: Any, run: Sequence[dict[str, str]]) -> None:
     ceiling = float(run[0]["ceiling_gbps"])
     bars = [row for row in run if row["backend"] != CEILING]
@@ -50,7 +54,7 @@ def _panel(axes: Any, run: Sequence[dict[str, str]]) -> None:
     axes.invert_yaxis()
     axes.set_xlim(0, 1.25 * max([ceiling, *rates]))
     for place, row, rate in zip(places, bars, rates, strict=True):
-        text = f"{rate:.3g} GB/s, {float(row['median_ms']):.3g} ms"
+        text = f"{rate:.3g} GB/s, {_short(float(row['median_ms']))} ms"
         label = axes.annotate(text, (rate, place), (5, 0), textcoords="offset points", va="center", fontsize=7.5)
         label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.6})
     axes.axvline(ceiling, color=_LINE_COLOUR, linewidth=1.2, linestyle="--", zorder=0)

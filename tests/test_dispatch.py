@@ -111,7 +111,7 @@ def test_simd_variants_agree_bit_for_bit():
         "h = hashlib.sha256()\n"
         "for modes in (5, 20, 90):\n"
         "  for dtype in (torch.float32, torch.bfloat16, torch.float64):\n"
-        "    w, k, d = (r(70001).to(dtype).requires_grad_() for _ in 'abc'); \n"
+        "    w, k, d = (r(70001).to(dtype).requires_grad_() for _ in 'abc')\n"
         "    refs = r(modes).to(dtype).requires_grad_()\n"
         "    mode = torch.randint(0, modes, (70001,), generator=g).to(torch.int16); tied = r(70001) > 0\n"
         "    out = F.affine_reconstruct(w, k, d, mode, refs, tied=tied)\n"

@@ -20,6 +20,7 @@ from .tables import pointer_table
 BLOCK = 1024
 SUM_BLOCK = 256
 SUM_PROGRAMS = 1024
+SUM_PARTIALS = 1 << 22  # 32 MiB of partial sums at the most
 MODES = 16
 COLUMNS = tl.constexpr(7)  # first element, elements, w, k, d, mode, tied
 TYPES = {
@@ -203,7 +204,7 @@ def affine_reconstruct_bwd_out(
                 tied is not None, *want, _wide(k), BLOCK, num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip
         if grad_refs.numel():
-            programs = max(1, min(SUM_PROGRAMS, triton.cdiv(n, SUM_BLOCK)))
+            programs = max(1, min(SUM_PROGRAMS, SUM_PARTIALS // modes, triton.cdiv(n, SUM_BLOCK)))
             partial = torch.empty((programs, modes), dtype=torch.float64, device=grad.device)
             affine_reconstruct_refs_kernel[(programs, triton.cdiv(modes, MODES))](
                 grad, k, mode, mask, partial, n, modes,

@@ -24,6 +24,7 @@ constexpr int64_t kBlockElements = int64_t{4} * kThreads * kVectors;
 constexpr int32_t kSumThreads = 128;
 constexpr int32_t kModes = 32;  // 32 modes * 128 threads * 8 bytes = 32 KiB of shared memory
 constexpr int32_t kSumBlocks = 1024;
+constexpr int64_t kSumPartials = int64_t{1} << 22;  // 32 MiB of partial sums at the most
 
 struct Entry {
   const void* w;  // backward: the gradient of out
@@ -282,7 +283,8 @@ struct Backward {
   template <class W, class P, class Mode, class Acc>
   void sum_refs(const W* g, const P* k_data, const Mode* m, int64_t n, int32_t modes, bool vector) const {
     const int64_t wave = (n + 4 * kSumThreads - 1) / (4 * kSumThreads);
-    const uint32_t blocks = static_cast<uint32_t>(std::max<int64_t>(1, std::min<int64_t>(kSumBlocks, wave)));
+    const int64_t most = std::min<int64_t>(kSumBlocks, kSumPartials / modes);
+    const uint32_t blocks = static_cast<uint32_t>(std::max<int64_t>(1, std::min<int64_t>(most, wave)));
     const Tensor partial = torch::stable::new_empty(grad_refs, {static_cast<int64_t>(blocks) * modes});
     double* sums = static_cast<double*>(partial.mutable_data_ptr());
     const dim3 grid(blocks, static_cast<uint32_t>((modes + kModes - 1) / kModes));

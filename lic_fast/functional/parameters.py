@@ -13,6 +13,7 @@ from ..ops.sma_update import PAIRS
 from . import _check
 from ._check import dtype_in, same_device, same_shape
 
+MOST_REFS = 1 << 20  # the kernels' segment sum walks refs in the second dimension of a grid
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -22,7 +23,7 @@ def affine_reconstruct(
     """k * refs[mode] + d where tied, else w.
 
     w [*] fp32, bf16, fp16 or fp64; k, d [*] of w's dtype, or fp32 where w is bf16 or fp16; mode [*] uint8, int16
-    or int32, every value in [0, M); refs [M] of k's dtype; tied [*] bool, None = every element. Returns a new tensor
+    or int32, every value in [0, M); refs [M] of k's dtype, M <= 2**20; tied [*] bool, None = every element. Returns a new tensor
     [*] of w's dtype. Arithmetic in fp32 (fp64 for fp64): the product and the sum are rounded separately, then once
     into w's dtype, and all backends agree to the bit.
 
@@ -119,6 +120,8 @@ def _check_embedding(f: str, w: Tensor, k: Tensor, d: Tensor, mode: Tensor, refs
     same_shape(f, ("w", w), ("k", k), ("d", d), ("mode", mode), ("tied", tied))
     if refs.dim() != 1:
         raise ValueError(f"{f}: refs must have one dimension [M], got shape {list(refs.shape)}")
+    if refs.numel() > MOST_REFS:
+        raise ValueError(f"{f}: refs has too many elements, got {refs.numel()}; use at most {MOST_REFS} modes")
     dtype_in(f, "w", w, _FLOATS)
     half = w.dtype in (torch.bfloat16, torch.float16)
     dtype_in(f, "k", k, (w.dtype, torch.float32) if half else (w.dtype,))
