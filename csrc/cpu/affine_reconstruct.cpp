@@ -5,8 +5,10 @@
 // Backward: one pass; the gradient of refs is summed in fp64 (of products in fp32 where w is) per chunk, then over the
 // chunks in their order, so that it does not depend on the number of threads. Takes w fp32, bf16, fp64; k, d and refs
 // of w's dtype, or fp32 where w is bf16; mode uint8, int16, int32. Tensors must be dense and laid out alike.
+#include <atomic>
 #include <limits>
 
+#include "cpu/parallel.h"
 #include "cpu/simd.h"
 
 namespace lic_fast {
@@ -16,7 +18,7 @@ constexpr int64_t kChunk = 1 << 15;
 constexpr int64_t kBlock = 1 << 11;
 constexpr int64_t kLanes = 8;  // divides kBlock
 
-struct Chunk {
+struct Chunk {    // a stretch of one tensor
   const void* w;  // backward: the gradient of out
   void* out;      // backward: the gradient of w, or null
   const void* k;
@@ -31,6 +33,7 @@ struct Chunk {
 };
 
 enum Types : int32_t { kF32F32, kBF16F32, kBF16BF16, kF64F64 };
+constexpr int64_t kSizes[][2] = {{4, 4}, {2, 4}, {2, 2}, {8, 8}};  // bytes of w and k
 
 int32_t types_code(const Tensor& w, const Tensor& k) {
   const int32_t a = dtype_code(w), b = dtype_code(k);
@@ -193,55 +196,54 @@ std::vector<double> widened(const Tensor& refs) {
   return storage;
 }
 
-template <class T>
-T* offset(T* base, int64_t elements, int64_t size) {
-  return base ? reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(base) + elements * size) : nullptr;
+Chunk stretch(const Chunk& whole, int64_t begin, int64_t end) {
+  const int64_t w_size = kSizes[whole.types][0], k_size = kSizes[whole.types][1];
+  const int64_t mode_size = whole.mode_type == kUInt8 ? 1 : whole.mode_type == kInt16 ? 2 : 4;
+  Chunk c = whole;
+  c.n = end - begin;
+  c.w = advance(whole.w, begin, w_size);
+  c.out = advance(whole.out, begin, w_size);
+  c.k = advance(whole.k, begin, k_size);
+  c.d = advance(whole.d, begin, k_size);
+  c.mode = advance(whole.mode, begin, mode_size);
+  c.tied = advance(whole.tied, begin, 1);
+  c.grad_k = advance(whole.grad_k, begin, k_size);
+  c.grad_d = advance(whole.grad_d, begin, k_size);
+  return c;
 }
 
-void append_chunks(std::vector<Chunk>& chunks, Chunk whole, int64_t w_size, int64_t k_size, int64_t mode_size,
-                   int64_t chunk) {
-  for (int64_t begin = 0; begin < whole.n; begin += chunk) {
-    Chunk c = whole;
-    c.n = std::min(chunk, whole.n - begin);
-    c.w = offset(whole.w, begin, w_size);
-    c.out = offset(whole.out, begin, w_size);
-    c.k = offset(whole.k, begin, k_size);
-    c.d = offset(whole.d, begin, k_size);
-    c.mode = offset(whole.mode, begin, mode_size);
-    c.tied = whole.tied ? whole.tied + begin : nullptr;
-    c.grad_k = offset(whole.grad_k, begin, k_size);
-    c.grad_d = offset(whole.grad_d, begin, k_size);
-    chunks.push_back(c);
+struct List {
+  std::vector<Chunk> tensors;
+  std::vector<int64_t> first{0};
+
+  void add(const Chunk& whole) {
+    tensors.push_back(whole);
+    first.push_back(first.back() + whole.n);
   }
-}
 
-int64_t grain_of(const std::vector<Chunk>& chunks) {  // small work stays on one thread
-  const int64_t count = static_cast<int64_t>(chunks.size());
-  int64_t total = 0;
-  for (const Chunk& c : chunks) total += c.n;
-  return total < kChunk ? std::max<int64_t>(count, 1) : 1;
-}
+  bool any_mode_outside(int64_t modes) const {
+    std::atomic<bool> any{false};
+    parallel_over_list(first, [&](size_t t, int64_t begin, int64_t end) {
+      int64_t bad = 0;
+      outside(stretch(tensors[t], begin, end), modes, &bad);
+      if (bad) any = true;
+    });
+    return any;
+  }
 
-bool any_mode_outside(const std::vector<Chunk>& chunks, int64_t modes) {
-  std::vector<int64_t> bad(chunks.size());
-  torch::stable::parallel_for(0, static_cast<int64_t>(chunks.size()), grain_of(chunks), [&](int64_t b, int64_t e) {
-    for (int64_t i = b; i < e; ++i) outside(chunks[i], modes, &bad[i]);
-  });
-  return std::find(bad.begin(), bad.end(), 1) != bad.end();
-}
+  // Returns false, having written nothing, where a mode lies outside [0, M).
+  bool run_forward(const Tensor& refs) const {
+    if (any_mode_outside(refs.numel())) return false;
+    const std::vector<double> table = widened(refs);
+    parallel_over_list(first, [&](size_t t, int64_t begin, int64_t end) {
+      run_chunk(stretch(tensors[t], begin, end), table.data(), refs.numel(), nullptr, false);
+    });
+    return true;
+  }
+};
 
-// Returns false, having written nothing, where a mode lies outside [0, M).
-bool run_forward(std::vector<Chunk>& chunks, const Tensor& refs) {
-  if (any_mode_outside(chunks, refs.numel())) return false;
-  const std::vector<double> table = widened(refs);
-  torch::stable::parallel_for(0, static_cast<int64_t>(chunks.size()), grain_of(chunks), [&](int64_t b, int64_t e) {
-    for (int64_t i = b; i < e; ++i) run_chunk(chunks[i], table.data(), refs.numel(), nullptr, false);
-  });
-  return true;
-}
-
-void add_tensor(std::vector<Chunk>& chunks, const Tensor& w, const Tensor& out, const Tensor& k, const Tensor& d,
-                const Tensor& mode, const Tensor* tied) {
+Chunk whole_tensor(const Tensor& w, const Tensor& out, const Tensor& k, const Tensor& d, const Tensor& mode,
+                   const Tensor* tied) {
   for (const Tensor* t : {&out, &k, &d, &mode}) check_same_numel(w, *t);
   if (tied) check_same_numel(w, *tied);
   Chunk whole{};
@@ -254,25 +256,25 @@ void add_tensor(std::vector<Chunk>& chunks, const Tensor& w, const Tensor& out, 
   whole.n = w.numel();
   whole.types = types_code(w, k);
   whole.mode_type = dtype_code(mode);
-  append_chunks(chunks, whole, w.element_size(), k.element_size(), mode.element_size(), kChunk);
+  return whole;
 }
 
 bool affine_reconstruct_out(Tensor w, Tensor k, Tensor d, Tensor mode, Tensor refs, std::optional<Tensor> tied,
                             Tensor out) {
-  std::vector<Chunk> chunks;
-  add_tensor(chunks, w, out, k, d, mode, tied ? &*tied : nullptr);
-  return run_forward(chunks, refs);
+  List list;
+  list.add(whole_tensor(w, out, k, d, mode, tied ? &*tied : nullptr));
+  return list.run_forward(refs);
 }
 
 bool affine_reconstruct_(std::vector<Tensor> w, std::vector<Tensor> k, std::vector<Tensor> d, std::vector<Tensor> mode,
                          Tensor refs, std::vector<Tensor> tied) {
   for (const auto* list : {&k, &d, &mode}) check_same_length(w.size(), list->size());
   if (!tied.empty()) check_same_length(w.size(), tied.size());
-  std::vector<Chunk> chunks;
+  List list;
   for (size_t t = 0; t < w.size(); ++t) {
-    add_tensor(chunks, w[t], w[t], k[t], d[t], mode[t], tied.empty() ? nullptr : &tied[t]);
+    list.add(whole_tensor(w[t], w[t], k[t], d[t], mode[t], tied.empty() ? nullptr : &tied[t]));
   }
-  return run_forward(chunks, refs);
+  return list.run_forward(refs);
 }
 
 // grad_w, grad_k, grad_d, grad_refs are written where they have elements; grad_refs is fp64.
@@ -299,22 +301,25 @@ void affine_reconstruct_bwd_out(Tensor grad, Tensor k, Tensor mode, Tensor refs,
   // Partial sums cost chunks * kLanes * M doubles: longer chunks where M is large, never a function of the thread
   // count.
   const int64_t chunk = std::max<int64_t>(kChunk, 4 * kLanes * modes);
-  std::vector<Chunk> chunks;
-  append_chunks(chunks, whole, grad.element_size(), k.element_size(), mode.element_size(), chunk);
-  STD_TORCH_CHECK(!any_mode_outside(chunks, modes), "affine_reconstruct_bwd: a mode outside [0, M)");
+  List list;
+  list.add(whole);
+  STD_TORCH_CHECK(!list.any_mode_outside(modes), "affine_reconstruct_bwd: a mode outside [0, M)");
+  const int64_t chunks = (n + chunk - 1) / chunk;
   const bool want_refs = grad_refs.numel() > 0;
-  std::vector<double> partial(want_refs ? chunks.size() * kLanes * modes : 0);
+  std::vector<double> partial(want_refs ? chunks * kLanes * modes : 0);
   const std::vector<double> table = widened(refs);
-  torch::stable::parallel_for(0, static_cast<int64_t>(chunks.size()), grain_of(chunks), [&](int64_t b, int64_t e) {
+  const int64_t grain = std::max<int64_t>(1, kSerialElements / chunk);
+  torch::stable::parallel_for(0, chunks, grain, [&](int64_t b, int64_t e) {
     for (int64_t i = b; i < e; ++i) {
-      run_chunk(chunks[i], table.data(), modes, want_refs ? partial.data() + i * kLanes * modes : nullptr, true);
+      double* sums = want_refs ? partial.data() + i * kLanes * modes : nullptr;
+      run_chunk(stretch(whole, i * chunk, std::min(n, (i + 1) * chunk)), table.data(), modes, sums, true);
     }
   });
   if (!want_refs) return;
   double* sums = static_cast<double*>(grad_refs.mutable_data_ptr());
   for (int64_t m = 0; m < modes; ++m) {
     double sum = 0;
-    for (size_t i = 0; i < chunks.size() * kLanes; ++i) sum += partial[i * modes + m];
+    for (int64_t i = 0; i < chunks * kLanes; ++i) sum += partial[i * modes + m];
     sums[m] = sum;
   }
 }

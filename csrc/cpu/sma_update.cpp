@@ -1,21 +1,22 @@
 // Sampling-then-moving average over a list of tensors, one pass:
 //     slow <- slow + alpha * (fast - slow);  fast <- slow where reset
 // Reads slow and fast once, writes slow once and fast once where reset: 16 bytes an element in fp32.
-// The whole list is one parallel region over fixed chunks, so that threads share the bytes evenly whatever the
+// The whole list is one parallel region over its elements, so that threads share the bytes evenly whatever the
 // shapes. Takes slow fp32 with fast fp32, bf16 or fp64, and slow fp64 with fast fp64; tensors must be dense, and
 // the two of a pair laid out alike. Arithmetic is in fp32, or in fp64 where fast is fp64.
+#include "cpu/parallel.h"
 #include "cpu/simd.h"
 
 namespace lic_fast {
 namespace {
 
-constexpr int64_t kChunk = 1 << 16;
-
-struct Chunk {
+struct Piece {  // of one pair of tensors
   void* slow;
   void* fast;
   int64_t n;
   int32_t code;  // which pair of dtypes
+  int32_t slow_size;
+  int32_t fast_size;
 };
 
 enum Pair : int32_t { kF32F32, kF32BF16, kF32F64, kF64F64 };
@@ -41,7 +42,7 @@ LIC_FAST_INLINE void average(void* slow_ptr, void* fast_ptr, int64_t n, double a
 }
 
 template <class Isa>
-LIC_FAST_INLINE void run_chunk_body(const Chunk& c, double alpha, bool reset) {
+LIC_FAST_INLINE void run_piece_body(const Piece& c, double alpha, bool reset) {
   switch (c.code) {
     case kF32F32: return average<float, float, float>(c.slow, c.fast, c.n, alpha, reset);
     case kF32BF16: return average<float, BFloat16, float>(c.slow, c.fast, c.n, alpha, reset);
@@ -50,7 +51,7 @@ LIC_FAST_INLINE void run_chunk_body(const Chunk& c, double alpha, bool reset) {
   }
 }
 
-LIC_FAST_SIMD_VARIANTS(run_chunk, (const Chunk& c, double alpha, bool reset), (c, alpha, reset));
+LIC_FAST_SIMD_VARIANTS(run_piece, (const Piece& c, double alpha, bool reset), (c, alpha, reset));
 
 int32_t pair_code(const Tensor& slow, const Tensor& fast) {
   const int32_t s = dtype_code(slow), f = dtype_code(fast);
@@ -63,24 +64,24 @@ int32_t pair_code(const Tensor& slow, const Tensor& fast) {
 
 void sma_update_(std::vector<Tensor> slow, std::vector<Tensor> fast, double alpha, bool reset) {
   check_same_length(slow.size(), fast.size());
-  std::vector<Chunk> chunks;
-  int64_t total = 0;
+  std::vector<Piece> pairs;
+  std::vector<int64_t> first{0};
+  pairs.reserve(slow.size());
+  first.reserve(slow.size() + 1);
   for (size_t t = 0; t < slow.size(); ++t) {
     check_same_numel(slow[t], fast[t]);
-    const int64_t n = slow[t].numel();
-    const int32_t code = pair_code(slow[t], fast[t]);
-    char* s = static_cast<char*>(slow[t].mutable_data_ptr());
-    char* f = static_cast<char*>(fast[t].mutable_data_ptr());
-    const int64_t s_size = slow[t].element_size(), f_size = fast[t].element_size();
-    for (int64_t begin = 0; begin < n; begin += kChunk) {
-      chunks.push_back({s + begin * s_size, f + begin * f_size, std::min(kChunk, n - begin), code});
-    }
-    total += n;
+    const int32_t s_size = static_cast<int32_t>(slow[t].element_size());
+    const int32_t f_size = static_cast<int32_t>(fast[t].element_size());
+    pairs.push_back({slow[t].mutable_data_ptr(), fast[t].mutable_data_ptr(), slow[t].numel(),
+                     pair_code(slow[t], fast[t]), s_size, f_size});
+    first.push_back(first.back() + pairs.back().n);
   }
-  const int64_t count = static_cast<int64_t>(chunks.size());
-  const int64_t grain = total < kChunk ? std::max<int64_t>(count, 1) : 1;  // small lists stay on one thread
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) run_chunk(chunks[c], alpha, reset);
+  parallel_over_list(first, [&](size_t t, int64_t begin, int64_t end) {
+    Piece piece = pairs[t];
+    piece.slow = advance(piece.slow, begin, piece.slow_size);
+    piece.fast = advance(piece.fast, begin, piece.fast_size);
+    piece.n = end - begin;
+    run_piece(piece, alpha, reset);
   });
 }
 

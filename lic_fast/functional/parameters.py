@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from ..ops.affine_reconstruct import MODES
+from ..ops.affine_reconstruct import run_ as run_affine_
 from ..ops.sma_update import PAIRS
+from ..ops.sma_update import run as run_sma_
 from . import _check
 from ._check import dtype_in, same_device, same_shape
 
 MOST_REFS = 1 << 20  # the kernels' segment sum walks refs in the second dimension of a grid
+_PAIRS = frozenset(PAIRS)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -70,13 +73,20 @@ def affine_reconstruct_(
     _check.same_length(f, ("w", ws), ("k", ks), ("d", ds), ("mode", modes))
     if tied is not None:
         _check.same_length(f, ("w", ws), ("tied", masks))
-    for i, item in enumerate(ws):
-        _check_embedding(f, item, ks[i], ds[i], modes[i], refs, masks[i] if masks else None)
-        same_device(f, ("w[0]", ws[0]), (f"w[{i}]", item))
+    rest = (ks, ds, modes, masks) if masks else (ks, ds, modes)
+    kinds = [{t.dtype for t in tensors} for tensors in (ws, *rest)]
+    one = all(len(kind) == 1 for kind in kinds) and _check.uniform(ws, *rest)  # one dtype for each list
+    for i in range(min(1, len(ws)) if one else len(ws)):
+        _check_embedding(f, ws[i], ks[i], ds[i], modes[i], refs, masks[i] if masks else None)
+        same_device(f, ("w[0]", ws[0]), (f"w[{i}]", ws[i]))
     _check.no_leaf_in_place(f, "w", ws)
-    for group in _by_dtype(ws):
-        picked = [[xs[i] for i in group] for xs in (ws, ks, ds, modes)]
-        torch.ops.lic_fast.affine_reconstruct_(*picked, refs, [masks[i] for i in group] if masks else [])
+    if len(kinds[0]) <= 1:
+        run_affine_(ws, ks, ds, modes, refs, masks)
+    else:  # the choice of backend is made for one dtype at a time
+        for kind in kinds[0]:
+            group = [i for i, t in enumerate(ws) if t.dtype is kind]
+            picked = [[xs[i] for i in group] for xs in (ws, ks, ds, modes)]
+            run_affine_(*picked, refs, [masks[i] for i in group] if masks else [])
     _mark_changed(ws)
 
 
@@ -101,18 +111,20 @@ def sma_update_(
     _check.same_length(f, ("slow", slows), ("fast", fasts))
     if not (isinstance(alpha, (int, float)) and math.isfinite(alpha) and 0 <= alpha <= 1):
         raise ValueError(f"{f}: alpha must be in [0, 1], got {alpha!r}")
-    for i, (s, p) in enumerate(zip(slows, fasts, strict=True)):
-        same_shape(f, (f"slow[{i}]", s), (f"fast[{i}]", p))
-        if (s.dtype, p.dtype) not in PAIRS:
-            raise TypeError(
-                f"{f}: slow[{i}] must be float32, or float64 where fast[{i}] is float64, "
-                f"got {s.dtype} and {p.dtype}; convert slow with .to()"
-            )
-        if s is p:
-            raise ValueError(f"{f}: slow[{i}] and fast[{i}] are the same tensor; clone one of them")
-        same_device(f, ("slow[0]", slows[0]), (f"slow[{i}]", s), (f"fast[{i}]", p))
+    kinds = {(s.dtype, p.dtype) for s, p in zip(slows, fasts, strict=True)}
+    if not (_check.uniform(slows, fasts) and kinds <= _PAIRS):
+        for i, (s, p) in enumerate(zip(slows, fasts, strict=True)):
+            same_shape(f, (f"slow[{i}]", s), (f"fast[{i}]", p))
+            if (s.dtype, p.dtype) not in _PAIRS:
+                raise TypeError(
+                    f"{f}: slow[{i}] must be float32, or float64 where fast[{i}] is float64, "
+                    f"got {s.dtype} and {p.dtype}; convert slow with .to()"
+                )
+            same_device(f, ("slow[0]", slows[0]), (f"slow[{i}]", s), (f"fast[{i}]", p))
+    if any([s is p for s, p in zip(slows, fasts, strict=True)]):
+        raise ValueError(f"{f}: a slow tensor is its fast tensor; clone one of them")
     _check.no_leaf_in_place(f, "fast", fasts)
-    torch.ops.lic_fast.sma_update_(slows, fasts, float(alpha), bool(reset))
+    run_sma_(slows, fasts, float(alpha), bool(reset))
     _mark_changed([*slows, *fasts] if reset else slows)
 
 
@@ -131,14 +143,6 @@ def _check_embedding(f: str, w: Tensor, k: Tensor, d: Tensor, mode: Tensor, refs
     if tied is not None:
         dtype_in(f, "tied", tied, (torch.bool,))
     same_device(f, ("w", w), ("k", k), ("d", d), ("mode", mode), ("refs", refs), ("tied", tied))
-
-
-def _by_dtype(tensors: list[Tensor]) -> list[list[int]]:
-    """Positions grouped by dtype: the choice of backend is made for one dtype at a time."""
-    groups: dict[torch.dtype, list[int]] = {}
-    for i, tensor in enumerate(tensors):
-        groups.setdefault(tensor.dtype, []).append(i)
-    return list(groups.values())
 
 
 def _mark_changed(tensors: list[Tensor]) -> None:

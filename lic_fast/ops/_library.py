@@ -37,3 +37,20 @@ def laid_out_as(first: Tensor, tensor: Tensor) -> Tensor:
     if alike(first, tensor):
         return tensor
     return torch.empty_like(first, dtype=tensor.dtype).copy_(tensor)
+
+
+def all_contiguous(*lists: list[Tensor]) -> bool:
+    """Whether every tensor of every list is contiguous: the common case, asked before anything dearer."""
+    return all(all([t.is_contiguous() for t in tensors]) for tensors in lists)
+
+
+def plain(tensor: Tensor) -> bool:
+    """Whether an op that only changes its inputs may skip torch's dispatcher, which costs more than small lists do.
+
+    It may not while a graph is traced, under a dispatch mode (fake tensors, functionalization), or for subclasses.
+    """
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _native, _triton
 from .._dispatch import Impl, OpSpec, register
 from ..reference import affine_reconstruct as reference
-from ._library import FLOATS, alike, define, is_dense, laid_out_as
+from ._library import FLOATS, all_contiguous, define, is_dense, laid_out_as, plain
 
 MODES = (torch.uint8, torch.int16, torch.int32)
 Masks = list[Tensor]
@@ -40,19 +40,16 @@ def _flat_forward_(kernel: Callable[..., bool]) -> Callable[..., None]:
     """In place over a list: strided tensors are copied in and out, the rest is walked where it lies."""
 
     def run(w: list[Tensor], k: list[Tensor], d: list[Tensor], mode: list[Tensor], refs: Tensor, tied: Masks) -> None:
-        if tied:
-            flat = [alike(*item) for item in zip(w, k, d, mode, tied, strict=True)]
-        else:
-            flat = [alike(*item) for item in zip(w, k, d, mode, strict=True)]
         targets = w
-        if not all(flat):
+        if not all_contiguous(w, k, d, mode, tied):
             targets = [t if is_dense(t) else t.contiguous() for t in w]
             k, d, mode = ([laid_out_as(t, x) for t, x in zip(targets, xs, strict=True)] for xs in (k, d, mode))
             tied = [laid_out_as(t, x) for t, x in zip(targets, tied, strict=True)] if tied else []
         _raise_outside(kernel(targets, k, d, mode, refs.contiguous(), tied), mode, refs)
-        for original, target in zip(w, targets, strict=True):
-            if original is not target:
-                original.copy_(target)
+        if targets is not w:
+            for original, target in zip(w, targets, strict=True):
+                if original is not target:
+                    original.copy_(target)
 
     return run
 
@@ -135,6 +132,16 @@ def _forward(w: Tensor, k: Tensor, d: Tensor, mode: Tensor, refs: Tensor, tied: 
 def _forward_(w: list[Tensor], k: list[Tensor], d: list[Tensor], mode: list[Tensor], refs: Tensor, tied: Masks) -> None:
     if w:
         FORWARD_(w[0], w, k, d, mode, refs, tied)
+
+
+def run_(
+    w: list[Tensor], k: list[Tensor], d: list[Tensor], mode: list[Tensor], refs: Tensor, tied: Masks
+) -> None:
+    """affine_reconstruct_ on checked arguments, by the shortest way."""
+    if w and plain(w[0]):
+        _forward_(w, k, d, mode, refs, tied)
+    else:
+        torch.ops.lic_fast.affine_reconstruct_(w, k, d, mode, refs, tied)
 
 
 def _backward(

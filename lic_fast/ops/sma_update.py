@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import _native, _triton
 from .._dispatch import Impl, OpSpec, register
 from ..reference.sma_update import sma_update_ as reference
-from ._library import FLOATS, alike, define
+from ._library import FLOATS, alike, all_contiguous, define, plain
 
 # (slow, fast) dtypes that are averaged; the arithmetic is in the wider of the two.
 PAIRS = (*((torch.float32, fast) for fast in FLOATS), (torch.float64, torch.float64))
@@ -25,8 +25,8 @@ def _run(
     reset: bool,
 ) -> None:
     """Runs `kernel` on the pairs that a flat loop can walk, the reference on strided views and dtypes in `skip`."""
-    flat = [f.dtype not in skip and alike(s, f) for s, f in zip(slow, fast, strict=True)]
-    if not all(flat):
+    if not (all_contiguous(slow, fast) and {f.dtype for f in fast}.isdisjoint(skip)):
+        flat = [f.dtype not in skip and alike(s, f) for s, f in zip(slow, fast, strict=True)]
         rest = [i for i, ok in enumerate(flat) if not ok]
         reference([slow[i] for i in rest], [fast[i] for i in rest], alpha, reset)
         slow = [t for t, ok in zip(slow, flat, strict=True) if ok]
@@ -68,6 +68,14 @@ def _op(slow: list[Tensor], fast: list[Tensor], alpha: float, reset: bool) -> No
 
 def _fake(slow: list[Tensor], fast: list[Tensor], alpha: float, reset: bool) -> None:
     return None
+
+
+def run(slow: list[Tensor], fast: list[Tensor], alpha: float, reset: bool) -> None:
+    """The op on checked arguments, by the shortest way."""
+    if slow and plain(slow[0]):
+        _op(slow, fast, alpha, reset)
+    else:
+        torch.ops.lic_fast.sma_update_(slow, fast, alpha, reset)
 
 
 define("sma_update_(Tensor(a!)[] slow, Tensor(b!)[] fast, float alpha, bool reset) -> ()", _op, _fake)
