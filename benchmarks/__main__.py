@@ -44,6 +44,7 @@ def _parser(models: Sequence[str]) -> argparse.ArgumentParser:
 
 def _complaint(options: argparse.Namespace) -> str | None:
     """What is wrong with the options, in one line, or None."""
+    options.ops = [op.rstrip("_") for op in options.ops]  # the name of a function in place is taken too
     unknown = [op for op in options.ops if op not in OPS]
     if unknown:
         return f"unknown op, got {unknown[0]!r}; use one of {', '.join(OPS)}"

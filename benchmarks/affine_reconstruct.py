@@ -174,11 +174,12 @@ def _in_place(x: _Inputs, flat: _Inputs, settings: Settings) -> tuple[list[Case]
 
         return Case(backend, run, outputs, moved, flops, on.reset)
 
-    def ours() -> None:
-        functional.affine_reconstruct_(x.w, x.k, x.d, x.mode, x.refs, tied=x.tied)
+    def ours(on: _Inputs) -> Callable[[], None]:
+        return lambda: functional.affine_reconstruct_(on.w, on.k, on.d, on.mode, on.refs, tied=on.tied)
 
     usable, left_out = backends("affine_reconstruct_", settings.device, x.w[0].dtype)
-    cases = [case(OURS + backend, forced(backend, ours), x) for backend in usable]
+    cases = [case(OURS + backend, forced(backend, ours(x)), x) for backend in usable]
+    cases += [case(f"{OURS}{b}, {_FLAT}", forced(b, ours(flat)), flat) for b in usable if b != "reference"]
     cases.append(case("eager, tensor by tensor", lambda: _eager_(x), x))
     cases.append(case(f"eager, {_FLAT}", lambda: _eager_flat_(flat), flat))
     reason = compile_why_not(settings.device)

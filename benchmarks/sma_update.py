@@ -102,6 +102,12 @@ def _group(name: str, values: Sequence[Tensor], dtype: str, settings: Settings) 
 
     usable, left_out = backends("sma_update_", settings.device, torch.float32)
     ours = [case(OURS + b, forced(b, lambda: sma_update_(state.slow, state.fast, alpha=ALPHA)), state) for b in usable]
+    flat = state.flat()  # what a peer of one flat tensor is to be compared with
+    ours += [
+        case(f"{OURS}{b}, one flat tensor", forced(b, lambda: sma_update_(flat.slow, flat.fast, alpha=ALPHA)), flat)
+        for b in usable
+        if b != "reference"
+    ]
     peers, missing = _peers(case, state, settings)
     return Group(
         op="sma_update",

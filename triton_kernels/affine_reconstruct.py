@@ -170,8 +170,8 @@ def affine_reconstruct_out(
 
 def affine_reconstruct_(
     w: list[Tensor], k: list[Tensor], d: list[Tensor], mode: list[Tensor], refs: Tensor, tied: list[Tensor]
-) -> bool:
-    """Fills every w in place, one launch for each dtype of mode. Always True (a bad mode gives NaN)."""
+) -> int:
+    """Fills every w in place, one launch for each dtype of mode. Always 0 (a bad mode gives NaN)."""
     masks = tied or mode  # never read without masks
     for mode_dtype in dict.fromkeys(m.dtype for m in mode):
         picked = [i for i, m in enumerate(mode) if m.dtype is mode_dtype]
@@ -186,7 +186,7 @@ def affine_reconstruct_(
                 table, refs, refs.numel(), TYPES[w[0].dtype], TYPES[refs.dtype], TYPES[mode_dtype],
                 bool(tied), _wide(refs), aligned, BLOCK, num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip
-    return True
+    return 0
 
 
 def affine_reconstruct_bwd_out(

@@ -68,17 +68,18 @@ def sma_update_kernel(table_ptr, alpha_bits: tl.int64, RESET: tl.constexpr, ALIG
         _average(slow64, fast.to(tl.pointer_type(tl.float64)), first, n, alpha, tl.float64, RESET, BLOCK)
 
 
-def sma_update_(slow: list[Tensor], fast: list[Tensor], alpha: float, reset: bool) -> None:
-    """Averages every pair in place. The lists are validated by the caller."""
+def sma_update_(slow: list[Tensor], fast: list[Tensor], alpha: float, reset: bool) -> bool:
+    """Averages every pair in place. The lists are validated by the caller. Always True."""
     rows = [(s.data_ptr(), f.data_ptr(), CODES[s.dtype, f.dtype]) for s, f in zip(slow, fast, strict=True)]
     sizes = [s.numel() for s in slow]
     if not sum(sizes):
-        return
+        return True
     aligned = all(s % 16 == 0 and f % 16 == 0 for s, f, _ in rows)
     table = pointer_table(rows, sizes, BLOCK, slow[0].device)
     bits = struct.unpack("<q", struct.pack("<d", alpha))[0]
     with torch.cuda.device_of(slow[0]):
         sma_update_kernel[(table.shape[0],)](table, bits, reset, aligned, BLOCK, num_warps=4, enable_fp_fusion=False)
+    return True
 
 
 # What a compilation ahead of time needs: kernel, argument types, compile-time values.

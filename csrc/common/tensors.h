@@ -1,7 +1,8 @@
 // What every kernel's host side needs of a tensor: its dtype as a small code, its pointer, its place in a list.
 //
-// Shapes, dtypes and devices are validated in Python, where the messages are written; the checks here only
-// keep a direct call of the native op from touching memory it must not.
+// Shapes, dtypes and devices are validated in Python, where the messages are written. The kernels over lists look at
+// them too, far cheaper than Python can over hundreds of tensors: they take a list whole, or return without having
+// written anything, and Python then finds what is wrong, or takes the long way round.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -10,8 +11,10 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <utility>
 #include <vector>
 
 namespace lic_fast {
@@ -31,17 +34,40 @@ inline int32_t dtype_code(const Tensor& tensor) {
     case ScalarType::Byte: return kUInt8;
     case ScalarType::Short: return kInt16;
     case ScalarType::Int: return kInt32;
-    default: STD_TORCH_CHECK(false, "lic_fast: a dtype that no native kernel reads");
+    default: return -1;  // read by no native kernel
   }
-  return -1;
 }
 
 inline void check_same_numel(const Tensor& a, const Tensor& b) {
   STD_TORCH_CHECK(a.numel() == b.numel(), "lic_fast: sizes differ, got ", a.numel(), " and ", b.numel());
 }
 
-inline void check_same_length(size_t a, size_t b) {
-  STD_TORCH_CHECK(a == b, "lic_fast: list lengths differ, got ", a, " and ", b);
+// Whether the elements fill one stretch of memory, each place once, in any order of the dimensions.
+inline bool is_dense(const Tensor& tensor) {
+  if (tensor.is_contiguous()) return true;
+  std::vector<std::pair<int64_t, int64_t>> steps;  // stride, size
+  for (int64_t i = 0; i < tensor.dim(); ++i) {
+    if (tensor.size(i) != 1) steps.emplace_back(tensor.stride(i), tensor.size(i));
+  }
+  std::sort(steps.begin(), steps.end());
+  int64_t expected = 1;
+  for (const auto& [stride, size] : steps) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
+// Whether two tensors lie dense on one device, with one shape and one order in memory: a flat loop pairs their
+// elements.
+inline bool alike(const Tensor& a, const Tensor& b) {
+  int32_t types[2];
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(a.get(), &types[0]));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(b.get(), &types[1]));
+  if (types[0] != types[1] || a.get_device_index() != b.get_device_index() || a.dim() != b.dim()) return false;
+  if (!std::equal(a.sizes().begin(), a.sizes().end(), b.sizes().begin())) return false;
+  if (a.is_contiguous() && b.is_contiguous()) return true;
+  return std::equal(a.strides().begin(), a.strides().end(), b.strides().begin()) && is_dense(a);
 }
 
 }  // namespace lic_fast

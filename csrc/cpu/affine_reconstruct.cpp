@@ -8,6 +8,7 @@
 #include <atomic>
 #include <limits>
 
+#include "common/embedding.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
 
@@ -35,13 +36,12 @@ struct Chunk {    // a stretch of one tensor
 enum Types : int32_t { kF32F32, kBF16F32, kBF16BF16, kF64F64 };
 constexpr int64_t kSizes[][2] = {{4, 4}, {2, 4}, {2, 2}, {8, 8}};  // bytes of w and k
 
-int32_t types_code(const Tensor& w, const Tensor& k) {
+int32_t types_code(const Tensor& w, const Tensor& k) {  // -1 where no loop reads the pair
   const int32_t a = dtype_code(w), b = dtype_code(k);
   if (a == kFloat32 && b == kFloat32) return kF32F32;
   if (a == kBFloat16 && b == kFloat32) return kBF16F32;
   if (a == kBFloat16 && b == kBFloat16) return kBF16BF16;
-  STD_TORCH_CHECK(a == kFloat64 && b == kFloat64, "affine_reconstruct: dtypes that the C++ kernel does not read");
-  return kF64F64;
+  return a == kFloat64 && b == kFloat64 ? kF64F64 : -1;
 }
 
 // The loops work on blocks that fit the first-level cache: one look-up of refs into `r`, then plain loops over it.
@@ -246,6 +246,7 @@ Chunk whole_tensor(const Tensor& w, const Tensor& out, const Tensor& k, const Te
                    const Tensor* tied) {
   for (const Tensor* t : {&out, &k, &d, &mode}) check_same_numel(w, *t);
   if (tied) check_same_numel(w, *tied);
+  STD_TORCH_CHECK(types_code(w, k) >= 0, "affine_reconstruct: dtypes that the C++ kernel does not read");
   Chunk whole{};
   whole.w = w.const_data_ptr();
   whole.out = out.mutable_data_ptr();
@@ -266,15 +267,15 @@ bool affine_reconstruct_out(Tensor w, Tensor k, Tensor d, Tensor mode, Tensor re
   return list.run_forward(refs);
 }
 
-bool affine_reconstruct_(std::vector<Tensor> w, std::vector<Tensor> k, std::vector<Tensor> d, std::vector<Tensor> mode,
-                         Tensor refs, std::vector<Tensor> tied) {
-  for (const auto* list : {&k, &d, &mode}) check_same_length(w.size(), list->size());
-  if (!tied.empty()) check_same_length(w.size(), tied.size());
+// 0: done. 1: the lists are not what the kernel can walk, nothing is written. 2: a mode lies outside [0, M), likewise.
+int64_t affine_reconstruct_(std::vector<Tensor> w, std::vector<Tensor> k, std::vector<Tensor> d,
+                            std::vector<Tensor> mode, Tensor refs, std::vector<Tensor> tied) {
+  if (!walkable(w, k, d, mode, refs, tied, false, types_code)) return 1;
   List list;
   for (size_t t = 0; t < w.size(); ++t) {
     list.add(whole_tensor(w[t], w[t], k[t], d[t], mode[t], tied.empty() ? nullptr : &tied[t]));
   }
-  return list.run_forward(refs);
+  return list.run_forward(refs) ? 0 : 2;
 }
 
 // grad_w, grad_k, grad_d, grad_refs are written where they have elements; grad_refs is fp64.
@@ -295,6 +296,7 @@ void affine_reconstruct_bwd_out(Tensor grad, Tensor k, Tensor mode, Tensor refs,
   whole.tied = tied ? static_cast<const uint8_t*>(tied->const_data_ptr()) : nullptr;
   whole.n = n;
   whole.types = types_code(grad, k);
+  STD_TORCH_CHECK(whole.types >= 0, "affine_reconstruct_bwd: dtypes that the C++ kernel does not read");
   whole.mode_type = dtype_code(mode);
   whole.grad_k = wanted(grad_k);
   whole.grad_d = wanted(grad_d);
@@ -332,13 +334,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lic_fast_cpp, m) {
       "affine_reconstruct_out(Tensor w, Tensor k, Tensor d, Tensor mode, Tensor refs, Tensor? tied, Tensor(a!) out)"
       " -> bool");
   m.def(
-      "affine_reconstruct_(Tensor(a!)[] w, Tensor[] k, Tensor[] d, Tensor[] mode, Tensor refs, Tensor[] tied) -> bool");
+      "affine_reconstruct_(Tensor(a!)[] w, Tensor[] k, Tensor[] d, Tensor[] mode, Tensor refs, Tensor[] tied) -> int");
   m.def(
       "affine_reconstruct_bwd_out(Tensor grad, Tensor k, Tensor mode, Tensor refs, Tensor? tied, Tensor(a!) grad_w,"
       " Tensor(b!) grad_k, Tensor(c!) grad_d, Tensor(d!) grad_refs) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(lic_fast_cpp, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(lic_fast_cpp, CompositeExplicitAutograd, m) {
   m.impl("affine_reconstruct_out", TORCH_BOX(&lic_fast::affine_reconstruct_out));
   m.impl("affine_reconstruct_", TORCH_BOX(&lic_fast::affine_reconstruct_));
   m.impl("affine_reconstruct_bwd_out", TORCH_BOX(&lic_fast::affine_reconstruct_bwd_out));

@@ -53,27 +53,28 @@ LIC_FAST_INLINE void run_piece_body(const Piece& c, double alpha, bool reset) {
 
 LIC_FAST_SIMD_VARIANTS(run_piece, (const Piece& c, double alpha, bool reset), (c, alpha, reset));
 
-int32_t pair_code(const Tensor& slow, const Tensor& fast) {
+int32_t pair_code(const Tensor& slow, const Tensor& fast) {  // -1 where no loop reads the pair
   const int32_t s = dtype_code(slow), f = dtype_code(fast);
   if (s == kFloat32 && f == kFloat32) return kF32F32;
   if (s == kFloat32 && f == kBFloat16) return kF32BF16;
   if (s == kFloat32 && f == kFloat64) return kF32F64;
-  STD_TORCH_CHECK(s == kFloat64 && f == kFloat64, "sma_update_: a pair of dtypes that the C++ kernel does not read");
-  return kF64F64;
+  return s == kFloat64 && f == kFloat64 ? kF64F64 : -1;
 }
 
-void sma_update_(std::vector<Tensor> slow, std::vector<Tensor> fast, double alpha, bool reset) {
-  check_same_length(slow.size(), fast.size());
+// Returns false, having written nothing, where the lists are not pairs that the loops can walk.
+bool sma_update_(std::vector<Tensor> slow, std::vector<Tensor> fast, double alpha, bool reset) {
+  if (slow.size() != fast.size()) return false;
   std::vector<Piece> pairs;
   std::vector<int64_t> first{0};
   pairs.reserve(slow.size());
   first.reserve(slow.size() + 1);
   for (size_t t = 0; t < slow.size(); ++t) {
-    check_same_numel(slow[t], fast[t]);
+    const int32_t code = pair_code(slow[t], fast[t]);
+    if (code < 0 || !slow[t].is_cpu() || !alike(slow[t], fast[t])) return false;
     const int32_t s_size = static_cast<int32_t>(slow[t].element_size());
     const int32_t f_size = static_cast<int32_t>(fast[t].element_size());
-    pairs.push_back({slow[t].mutable_data_ptr(), fast[t].mutable_data_ptr(), slow[t].numel(),
-                     pair_code(slow[t], fast[t]), s_size, f_size});
+    pairs.push_back({slow[t].mutable_data_ptr(), fast[t].mutable_data_ptr(), slow[t].numel(), code, s_size, f_size});
+    if (pairs.back().n > 0 && pairs.back().slow == pairs.back().fast) return false;
     first.push_back(first.back() + pairs.back().n);
   }
   parallel_over_list(first, [&](size_t t, int64_t begin, int64_t end) {
@@ -83,13 +84,16 @@ void sma_update_(std::vector<Tensor> slow, std::vector<Tensor> fast, double alph
     piece.n = end - begin;
     run_piece(piece, alpha, reset);
   });
+  return true;
 }
 
 }  // namespace
 }  // namespace lic_fast
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lic_fast_cpp, m) {
-  m.def("sma_update_(Tensor(a!)[] slow, Tensor(b!)[] fast, float alpha, bool reset) -> ()");
+  m.def("sma_update_(Tensor(a!)[] slow, Tensor(b!)[] fast, float alpha, bool reset) -> bool");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(lic_fast_cpp, CPU, m) { m.impl("sma_update_", TORCH_BOX(&lic_fast::sma_update_)); }
+STABLE_TORCH_LIBRARY_IMPL(lic_fast_cpp, CompositeExplicitAutograd, m) {
+  m.impl("sma_update_", TORCH_BOX(&lic_fast::sma_update_));
+}

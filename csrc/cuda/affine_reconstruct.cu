@@ -12,6 +12,7 @@
 // A mode outside [0, M) gives NaN (a kernel cannot raise, and a host check would wait for the device); it never reads
 // outside refs. Takes w fp32, bf16, fp16, fp64; k, d and refs of w's dtype, or fp32 where w is bf16 or fp16; mode
 // uint8, int16, int32. Tensors must be dense and laid out alike.
+#include "common/embedding.h"
 #include "common/list.h"
 #include "cuda/device.cuh"
 
@@ -177,21 +178,21 @@ __global__ void affine_reconstruct_sum_kernel(const double* partial, int32_t blo
   grad_refs[m] = sum;
 }
 
-int8_t types_code(const Tensor& w, const Tensor& k) {
+int8_t types_code(const Tensor& w, const Tensor& k) {  // -1 where no kernel reads the pair
   const int32_t a = dtype_code(w), b = dtype_code(k);
   if (a == kFloat32 && b == kFloat32) return kF32F32;
   if (a == kBFloat16 && b == kFloat32) return kBF16F32;
   if (a == kBFloat16 && b == kBFloat16) return kBF16BF16;
   if (a == kFloat16 && b == kFloat32) return kF16F32;
   if (a == kFloat16 && b == kFloat16) return kF16F16;
-  STD_TORCH_CHECK(a == kFloat64 && b == kFloat64, "affine_reconstruct: dtypes that the CUDA kernel does not read");
-  return kF64F64;
+  return a == kFloat64 && b == kFloat64 ? kF64F64 : -1;
 }
 
 Entry make_entry(const Tensor& w, const Tensor& out, const Tensor& k, const Tensor& d, const Tensor& mode,
                  const Tensor* tied) {
   for (const Tensor* t : {&out, &k, &d, &mode}) check_same_numel(w, *t);
   if (tied) check_same_numel(w, *tied);
+  STD_TORCH_CHECK(types_code(w, k) >= 0, "affine_reconstruct: dtypes that the CUDA kernel does not read");
   Entry e{w.const_data_ptr(),
           out.mutable_data_ptr(),
           k.const_data_ptr(),
@@ -233,11 +234,10 @@ bool affine_reconstruct_out(Tensor w, Tensor k, Tensor d, Tensor mode, Tensor re
   return true;
 }
 
-bool affine_reconstruct_(std::vector<Tensor> w, std::vector<Tensor> k, std::vector<Tensor> d, std::vector<Tensor> mode,
-                         Tensor refs, std::vector<Tensor> tied) {
-  for (const auto* list : {&k, &d, &mode}) check_same_length(w.size(), list->size());
-  if (!tied.empty()) check_same_length(w.size(), tied.size());
-  if (w.empty()) return true;
+// 0: done. 1: the lists are not what the kernel can walk, nothing is written.
+int64_t affine_reconstruct_(std::vector<Tensor> w, std::vector<Tensor> k, std::vector<Tensor> d,
+                            std::vector<Tensor> mode, Tensor refs, std::vector<Tensor> tied) {
+  if (!walkable(w, k, d, mode, refs, tied, true, types_code)) return 1;
   const torch::stable::accelerator::DeviceGuard guard(w[0].get_device_index());
   const cudaStream_t stream = current_stream(w[0]);
   ListTable<Entry> table;
@@ -245,7 +245,7 @@ bool affine_reconstruct_(std::vector<Tensor> w, std::vector<Tensor> k, std::vect
     add_entry(table, make_entry(w[t], w[t], k[t], d[t], mode[t], tied.empty() ? nullptr : &tied[t]), refs, stream);
   }
   launch(table, refs, stream);
-  return true;
+  return 0;
 }
 
 struct Backward {
@@ -320,7 +320,7 @@ void affine_reconstruct_bwd_out(Tensor grad, Tensor k, Tensor mode, Tensor refs,
     case kBF16BF16: return b.run_by_mode<__nv_bfloat16, __nv_bfloat16, float>();
     case kF16F32: return b.run_by_mode<__half, float, float>();
     case kF16F16: return b.run_by_mode<__half, __half, float>();
-    default: return b.run_by_mode<double, double, double>();
+    case kF64F64: return b.run_by_mode<double, double, double>();
   }
 }
 
@@ -332,13 +332,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lic_fast_cuda, m) {
       "affine_reconstruct_out(Tensor w, Tensor k, Tensor d, Tensor mode, Tensor refs, Tensor? tied, Tensor(a!) out)"
       " -> bool");
   m.def(
-      "affine_reconstruct_(Tensor(a!)[] w, Tensor[] k, Tensor[] d, Tensor[] mode, Tensor refs, Tensor[] tied) -> bool");
+      "affine_reconstruct_(Tensor(a!)[] w, Tensor[] k, Tensor[] d, Tensor[] mode, Tensor refs, Tensor[] tied) -> int");
   m.def(
       "affine_reconstruct_bwd_out(Tensor grad, Tensor k, Tensor mode, Tensor refs, Tensor? tied, Tensor(a!) grad_w,"
       " Tensor(b!) grad_k, Tensor(c!) grad_d, Tensor(d!) grad_refs) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(lic_fast_cuda, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(lic_fast_cuda, CompositeExplicitAutograd, m) {
   m.impl("affine_reconstruct_out", TORCH_BOX(&lic_fast::affine_reconstruct_out));
   m.impl("affine_reconstruct_", TORCH_BOX(&lic_fast::affine_reconstruct_));
   m.impl("affine_reconstruct_bwd_out", TORCH_BOX(&lic_fast::affine_reconstruct_bwd_out));

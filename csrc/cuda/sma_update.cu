@@ -68,19 +68,13 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-int32_t types_code(const Tensor& slow, const Tensor& fast) {
+int32_t types_code(const Tensor& slow, const Tensor& fast) {  // -1 where no loop reads the pair
   const int32_t s = dtype_code(slow), f = dtype_code(fast);
-  if (s == kFloat32) {
-    switch (f) {
-      case kFloat32: return kF32F32;
-      case kBFloat16: return kF32BF16;
-      case kFloat16: return kF32F16;
-      case kFloat64: return kF32F64;
-      default: break;
-    }
-  }
-  STD_TORCH_CHECK(s == kFloat64 && f == kFloat64, "sma_update_: a pair of dtypes that the CUDA kernel does not read");
-  return kF64F64;
+  if (s == kFloat32 && f == kFloat32) return kF32F32;
+  if (s == kFloat32 && f == kBFloat16) return kF32BF16;
+  if (s == kFloat32 && f == kFloat16) return kF32F16;
+  if (s == kFloat32 && f == kFloat64) return kF32F64;
+  return s == kFloat64 && f == kFloat64 ? kF64F64 : -1;
 }
 
 void launch(const ListTable<Entry>& table, double alpha, bool reset, cudaStream_t stream) {
@@ -89,14 +83,18 @@ void launch(const ListTable<Entry>& table, double alpha, bool reset, cudaStream_
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-void sma_update_(std::vector<Tensor> slow, std::vector<Tensor> fast, double alpha, bool reset) {
-  check_same_length(slow.size(), fast.size());
-  if (slow.empty()) return;
+// Returns false, having launched nothing, where the lists are not pairs that the kernel can walk.
+bool sma_update_(std::vector<Tensor> slow, std::vector<Tensor> fast, double alpha, bool reset) {
+  if (slow.empty() || slow.size() != fast.size()) return false;
+  for (size_t t = 0; t < slow.size(); ++t) {
+    if (types_code(slow[t], fast[t]) < 0 || !slow[t].is_cuda() || !alike(slow[t], fast[t])) return false;
+    if (slow[t].get_device_index() != slow[0].get_device_index()) return false;
+    if (slow[t].numel() > 0 && slow[t].const_data_ptr() == fast[t].const_data_ptr()) return false;
+  }
   const torch::stable::accelerator::DeviceGuard guard(slow[0].get_device_index());
   const cudaStream_t stream = current_stream(slow[0]);
   ListTable<Entry> table;
   for (size_t t = 0; t < slow.size(); ++t) {
-    check_same_numel(slow[t], fast[t]);
     if (slow[t].numel() == 0) continue;
     Entry e{slow[t].mutable_data_ptr(), fast[t].mutable_data_ptr(), slow[t].numel(), types_code(slow[t], fast[t]), 0};
     e.vector = aligned4(e.slow, slow[t].element_size()) && aligned4(e.fast, fast[t].element_size());
@@ -107,13 +105,16 @@ void sma_update_(std::vector<Tensor> slow, std::vector<Tensor> fast, double alph
     table.add(e, static_cast<int32_t>((e.n + kBlockElements - 1) / kBlockElements));
   }
   launch(table, alpha, reset, stream);
+  return true;
 }
 
 }  // namespace
 }  // namespace lic_fast
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lic_fast_cuda, m) {
-  m.def("sma_update_(Tensor(a!)[] slow, Tensor(b!)[] fast, float alpha, bool reset) -> ()");
+  m.def("sma_update_(Tensor(a!)[] slow, Tensor(b!)[] fast, float alpha, bool reset) -> bool");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(lic_fast_cuda, CUDA, m) { m.impl("sma_update_", TORCH_BOX(&lic_fast::sma_update_)); }
+STABLE_TORCH_LIBRARY_IMPL(lic_fast_cuda, CompositeExplicitAutograd, m) {
+  m.impl("sma_update_", TORCH_BOX(&lic_fast::sma_update_));
+}

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+_TENSORS = {Tensor, torch.nn.Parameter}
+
 
 def tensor(function: str, name: str, value: object) -> Tensor:
     """`value` where it is a tensor; else TypeError."""
@@ -19,6 +21,8 @@ def tensor_list(function: str, name: str, value: object) -> list[Tensor]:
     """`value` as a list of tensors: a single tensor becomes a list of one; else TypeError."""
     if isinstance(value, Tensor):
         return [value]
+    if type(value) is list and set(map(type, value)) <= _TENSORS:
+        return value
     if not isinstance(value, Sequence) or not all([isinstance(item, Tensor) for item in value]):
         raise TypeError(f"{function}: {name} must be a tensor or a list of tensors, got {type(value).__name__}")
     return list(value)
@@ -67,12 +71,3 @@ def no_leaf_in_place(function: str, name: str, values: Sequence[Tensor]) -> None
         raise RuntimeError(
             f"{function}: {name} requires grad and would be changed in place; call it under torch.no_grad()"
         )
-
-
-def uniform(first: list[Tensor], *others: list[Tensor]) -> bool:
-    """Whether all lists pair up in length and shape and lie on one device: the quick way past the checks above."""
-    shapes = [t.shape for t in first]
-    return (
-        all([t.shape for t in tensors] == shapes for tensors in others)
-        and len({t.device for tensors in (first, *others) for t in tensors}) <= 1
-    )

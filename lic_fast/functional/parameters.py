@@ -8,15 +8,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..ops._library import plain
 from ..ops.affine_reconstruct import MODES
-from ..ops.affine_reconstruct import run_ as run_affine_
+from ..ops.affine_reconstruct import attempt as attempt_affine_
 from ..ops.sma_update import PAIRS
-from ..ops.sma_update import run as run_sma_
+from ..ops.sma_update import attempt as attempt_sma_
 from . import _check
 from ._check import dtype_in, same_device, same_shape
 
 MOST_REFS = 1 << 20  # the kernels' segment sum walks refs in the second dimension of a grid
-_PAIRS = frozenset(PAIRS)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -26,9 +26,9 @@ def affine_reconstruct(
     """k * refs[mode] + d where tied, else w.
 
     w [*] fp32, bf16, fp16 or fp64; k, d [*] of w's dtype, or fp32 where w is bf16 or fp16; mode [*] uint8, int16
-    or int32, every value in [0, M); refs [M] of k's dtype, M <= 2**20; tied [*] bool, None = every element. Returns a new tensor
-    [*] of w's dtype. Arithmetic in fp32 (fp64 for fp64): the product and the sum are rounded separately, then once
-    into w's dtype, and all backends agree to the bit.
+    or int32, every value in [0, M); refs [M] of k's dtype, M <= 2**20; tied [*] bool, None = every element. Returns a
+    new tensor [*] of w's dtype. Arithmetic in fp32 (fp64 for fp64): the product and the sum are rounded separately,
+    then once into w's dtype, and all backends agree to the bit.
 
     Gradients flow to w, k, d and refs. The gradient of refs is the segment sum of k * grad over the tied elements of
     each mode, added in fp64 in a fixed order: the same in every run, and on the CPU for any number of threads. There
@@ -70,23 +70,19 @@ def affine_reconstruct_(
     )
     masks = [] if tied is None else _check.tensor_list(f, "tied", tied)
     _check.tensor(f, "refs", refs)
-    _check.same_length(f, ("w", ws), ("k", ks), ("d", ds), ("mode", modes))
-    if tied is not None:
-        _check.same_length(f, ("w", ws), ("tied", masks))
-    rest = (ks, ds, modes, masks) if masks else (ks, ds, modes)
-    kinds = [{t.dtype for t in tensors} for tensors in (ws, *rest)]
-    one = all(len(kind) == 1 for kind in kinds) and _check.uniform(ws, *rest)  # one dtype for each list
-    for i in range(min(1, len(ws)) if one else len(ws)):
-        _check_embedding(f, ws[i], ks[i], ds[i], modes[i], refs, masks[i] if masks else None)
-        same_device(f, ("w[0]", ws[0]), (f"w[{i}]", ws[i]))
     _check.no_leaf_in_place(f, "w", ws)
-    if len(kinds[0]) <= 1:
-        run_affine_(ws, ks, ds, modes, refs, masks)
-    else:  # the choice of backend is made for one dtype at a time
-        for kind in kinds[0]:
+    bounded = refs.numel() <= MOST_REFS and (tied is None or len(masks) > 0)
+    if not (bounded and attempt_affine_(ws, ks, ds, modes, refs, masks)):
+        _check.same_length(
+            f, ("w", ws), ("k", ks), ("d", ds), ("mode", modes), *([("tied", masks)] if tied is not None else [])
+        )
+        for i, item in enumerate(ws):
+            _check_embedding(f, item, ks[i], ds[i], modes[i], refs, masks[i] if masks else None)
+            same_device(f, ("w[0]", ws[0]), (f"w[{i}]", item))
+        for kind in dict.fromkeys(t.dtype for t in ws):  # the choice of backend is made for one dtype at a time
             group = [i for i, t in enumerate(ws) if t.dtype is kind]
             picked = [[xs[i] for i in group] for xs in (ws, ks, ds, modes)]
-            run_affine_(*picked, refs, [masks[i] for i in group] if masks else [])
+            torch.ops.lic_fast.affine_reconstruct_(*picked, refs, [masks[i] for i in group] if masks else [])
     _mark_changed(ws)
 
 
@@ -108,23 +104,22 @@ def sma_update_(
     """
     f = "sma_update_"
     slows, fasts = _check.tensor_list(f, "slow", slow), _check.tensor_list(f, "fast", fast)
-    _check.same_length(f, ("slow", slows), ("fast", fasts))
     if not (isinstance(alpha, (int, float)) and math.isfinite(alpha) and 0 <= alpha <= 1):
         raise ValueError(f"{f}: alpha must be in [0, 1], got {alpha!r}")
-    kinds = {(s.dtype, p.dtype) for s, p in zip(slows, fasts, strict=True)}
-    if not (_check.uniform(slows, fasts) and kinds <= _PAIRS):
+    _check.no_leaf_in_place(f, "fast", fasts)
+    if not attempt_sma_(slows, fasts, float(alpha), bool(reset)):
+        _check.same_length(f, ("slow", slows), ("fast", fasts))
         for i, (s, p) in enumerate(zip(slows, fasts, strict=True)):
             same_shape(f, (f"slow[{i}]", s), (f"fast[{i}]", p))
-            if (s.dtype, p.dtype) not in _PAIRS:
+            if (s.dtype, p.dtype) not in PAIRS:
                 raise TypeError(
                     f"{f}: slow[{i}] must be float32, or float64 where fast[{i}] is float64, "
                     f"got {s.dtype} and {p.dtype}; convert slow with .to()"
                 )
+            if s is p or (plain(s) and s.numel() and s.data_ptr() == p.data_ptr()):
+                raise ValueError(f"{f}: slow[{i}] and fast[{i}] share their memory; clone one of them")
             same_device(f, ("slow[0]", slows[0]), (f"slow[{i}]", s), (f"fast[{i}]", p))
-    if any([s is p for s, p in zip(slows, fasts, strict=True)]):
-        raise ValueError(f"{f}: a slow tensor is its fast tensor; clone one of them")
-    _check.no_leaf_in_place(f, "fast", fasts)
-    run_sma_(slows, fasts, float(alpha), bool(reset))
+        torch.ops.lic_fast.sma_update_(slows, fasts, float(alpha), bool(reset))
     _mark_changed([*slows, *fasts] if reset else slows)
 
 

@@ -41,7 +41,7 @@ def laid_out_as(first: Tensor, tensor: Tensor) -> Tensor:
 
 def all_contiguous(*lists: list[Tensor]) -> bool:
     """Whether every tensor of every list is contiguous: the common case, asked before anything dearer."""
-    return all(all([t.is_contiguous() for t in tensors]) for tensors in lists)
+    return all(all(map(Tensor.is_contiguous, tensors)) for tensors in lists)
 
 
 def plain(tensor: Tensor) -> bool:

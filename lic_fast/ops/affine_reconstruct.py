@@ -15,6 +15,7 @@ from ._library import FLOATS, all_contiguous, define, is_dense, laid_out_as, pla
 
 MODES = (torch.uint8, torch.int16, torch.int32)
 Masks = list[Tensor]
+DONE, REFUSED, OUTSIDE = 0, 1, 2  # what the native kernels over lists return; only DONE has written
 
 
 def _raise_outside(inside: bool, modes: list[Tensor], refs: Tensor) -> None:
@@ -36,7 +37,7 @@ def _flat_forward(kernel: Callable[..., bool]) -> Callable[..., Tensor]:
     return run
 
 
-def _flat_forward_(kernel: Callable[..., bool]) -> Callable[..., None]:
+def _flat_forward_(kernel: Callable[..., int]) -> Callable[..., None]:
     """In place over a list: strided tensors are copied in and out, the rest is walked where it lies."""
 
     def run(w: list[Tensor], k: list[Tensor], d: list[Tensor], mode: list[Tensor], refs: Tensor, tied: Masks) -> None:
@@ -45,7 +46,12 @@ def _flat_forward_(kernel: Callable[..., bool]) -> Callable[..., None]:
             targets = [t if is_dense(t) else t.contiguous() for t in w]
             k, d, mode = ([laid_out_as(t, x) for t, x in zip(targets, xs, strict=True)] for xs in (k, d, mode))
             tied = [laid_out_as(t, x) for t, x in zip(targets, tied, strict=True)] if tied else []
-        _raise_outside(kernel(targets, k, d, mode, refs.contiguous(), tied), mode, refs)
+        status = kernel(targets, k, d, mode, refs.contiguous(), tied)
+        _raise_outside(status != OUTSIDE, mode, refs)
+        if status != DONE:
+            raise RuntimeError(
+                "affine_reconstruct_: the kernel refused lists that passed the checks; please report this"
+            )
         if targets is not w:
             for original, target in zip(w, targets, strict=True):
                 if original is not target:
@@ -134,14 +140,17 @@ def _forward_(w: list[Tensor], k: list[Tensor], d: list[Tensor], mode: list[Tens
         FORWARD_(w[0], w, k, d, mode, refs, tied)
 
 
-def run_(
-    w: list[Tensor], k: list[Tensor], d: list[Tensor], mode: list[Tensor], refs: Tensor, tied: Masks
-) -> None:
-    """affine_reconstruct_ on checked arguments, by the shortest way."""
-    if w and plain(w[0]):
-        _forward_(w, k, d, mode, refs, tied)
-    else:
-        torch.ops.lic_fast.affine_reconstruct_(w, k, d, mode, refs, tied)
+def attempt(w: list[Tensor], k: list[Tensor], d: list[Tensor], mode: list[Tensor], refs: Tensor, tied: Masks) -> bool:
+    """affine_reconstruct_ by the shortest way: the native kernel, where it is the choice, checks the lists itself.
+
+    False, nothing written, where it is not or finds anything out of the ordinary.
+    """
+    if not (w and w[0].dtype in FLOATS and plain(w[0])):
+        return False
+    backend = FORWARD_.choose(w[0].device.type, w[0].dtype)
+    if backend not in ("cpp", "cuda"):
+        return False
+    return _native.op(backend, "affine_reconstruct_")(w, k, d, mode, refs, tied) == DONE
 
 
 def _backward(

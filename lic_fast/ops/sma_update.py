@@ -17,7 +17,7 @@ PAIRS = (*((torch.float32, fast) for fast in FLOATS), (torch.float64, torch.floa
 
 
 def _run(
-    kernel: Callable[..., None],
+    kernel: Callable[..., bool],
     skip: tuple[torch.dtype, ...],
     slow: list[Tensor],
     fast: list[Tensor],
@@ -31,8 +31,8 @@ def _run(
         reference([slow[i] for i in rest], [fast[i] for i in rest], alpha, reset)
         slow = [t for t, ok in zip(slow, flat, strict=True) if ok]
         fast = [t for t, ok in zip(fast, flat, strict=True) if ok]
-    if slow:
-        kernel(slow, fast, alpha, reset)
+    if slow and not kernel(slow, fast, alpha, reset):
+        raise RuntimeError("sma_update_: the kernel refused lists that passed the checks; please report this")
 
 
 def _cuda(slow: list[Tensor], fast: list[Tensor], alpha: float, reset: bool) -> None:
@@ -70,12 +70,15 @@ def _fake(slow: list[Tensor], fast: list[Tensor], alpha: float, reset: bool) -> 
     return None
 
 
-def run(slow: list[Tensor], fast: list[Tensor], alpha: float, reset: bool) -> None:
-    """The op on checked arguments, by the shortest way."""
-    if slow and plain(slow[0]):
-        _op(slow, fast, alpha, reset)
-    else:
-        torch.ops.lic_fast.sma_update_(slow, fast, alpha, reset)
+def attempt(slow: list[Tensor], fast: list[Tensor], alpha: float, reset: bool) -> bool:
+    """Averages by the shortest way: the native kernel, where it is the choice, checks the lists itself.
+
+    False, nothing written, where it is not or finds anything out of the ordinary.
+    """
+    if not (slow and fast and (slow[0].dtype, fast[0].dtype) in PAIRS and plain(slow[0])):
+        return False
+    backend = SPEC.choose(slow[0].device.type, slow[0].dtype)
+    return backend in ("cpp", "cuda") and _native.op(backend, "sma_update_")(slow, fast, alpha, reset)
 
 
 define("sma_update_(Tensor(a!)[] slow, Tensor(b!)[] fast, float alpha, bool reset) -> ()", _op, _fake)
