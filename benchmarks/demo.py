@@ -20,7 +20,7 @@ from lic_fast import cli
 from lic_fast.training import TrainConfig, TrainingError, TrainResult, train
 from lic_fast.training.files import read_log
 
-MODEL, CHANNELS, CROP, BATCH = "mbt2018-mean", (48, 72), 128, 8
+MODEL, CHANNELS, CROP, BATCH = "mbt2018-mean", (32, 48), 128, 8
 STOCK = {"optimizer": "adam"}
 FAST = {"optimizer": "adam-fused", "sma": True}
 OPS = {"fast": ["sma_update_"]}
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the demo; returns the exit code."""
     parser = argparse.ArgumentParser(prog="lic_fast demo", description="Stock loop against fast path, small.")
     parser.add_argument("--data", metavar="DIR", help="folder of photographs (default: those inside scikit-image)")
-    parser.add_argument("--steps", type=int, default=150, metavar="N")
+    parser.add_argument("--steps", type=int, default=300, metavar="N")
     parser.add_argument("--output", default="demo", metavar="DIR")
     args = parser.parse_args(argv)
     output = Path(args.output)
