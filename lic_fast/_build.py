@@ -93,7 +93,7 @@ def find_nvcc() -> str | None:
             candidates.append(Path(os.environ[variable]) / "bin" / "nvcc")
     if shutil.which("nvcc"):
         candidates.append(Path(str(shutil.which("nvcc"))))
-    candidates.append(Path("/usr/local/cuda/bin/nvcc"))
+    candidates += [Path("/usr/local/cuda/bin/nvcc"), *sorted(Path("/usr/local").glob("cuda-*/bin/nvcc"), reverse=True)]
     spec = importlib.util.find_spec("nvidia")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         candidates += sorted(Path(folder).glob("*/bin/nvcc"), reverse=True)
@@ -101,6 +101,13 @@ def find_nvcc() -> str | None:
         if path.is_file() and os.access(path, os.X_OK):
             return str(path)
     return None
+
+
+def _toolkit_flags(nvcc: str) -> tuple[list[str], list[str]]:
+    """Include and library flags that nvcc from PyPI's wheels needs; a toolkit of its own knows its folders."""
+    root = Path(nvcc).resolve().parents[1]
+    include = [f"-I{root / name}" for name in ("include/cccl", "cccl") if (root / name / "nv" / "target").is_file()]
+    return include, [f"-L{root / 'lib'}"] if (root / "lib" / "libcudart_static.a").is_file() else []
 
 
 def make_plan(mode: str = "auto") -> Plan:
@@ -115,7 +122,9 @@ def make_plan(mode: str = "auto") -> Plan:
     why_cpp = _why_not_cpp(torch, cxx)
     why_cuda = why_cpp
     if why_cpp is None and nvcc is None:
-        why_cuda = "no nvcc in CUDA_HOME, PATH, /usr/local/cuda or the nvidia-cuda-nvcc wheel"
+        release = (torch.cuda if torch else None) or "13.0"
+        wheels = " ".join(f'"nvidia-{name}=={release}.*"' for name in ("cuda-nvcc", "nvvm", "cuda-crt", "cuda-cccl"))
+        why_cuda = f"no nvcc in CUDA_HOME, PATH, /usr/local/cuda* or PyPI's wheels; pip install {wheels} brings one"
     if mode == "none":
         why_cpp = why_cuda = "switched off by LIC_FAST_BUILD=none"
     elif mode == "cpp":
@@ -165,6 +174,7 @@ def _compile_command(backend: str, plan: Plan, source: Path, output: Path) -> li
     if source.suffix == ".cu":
         host = ["-ccbin", plan.cxx, "-Xcompiler", "-fPIC,-fvisibility=hidden"]
         flags = ["-O3", "-DUSE_CUDA", *_gencode(cuda_archs()), "--threads", "2"]
+        include += _toolkit_flags(str(plan.nvcc))[0]
         return [str(plan.nvcc), *flags, *host, *defines, *include, "-c", str(source), "-o", str(output)]
     # -ffp-contract=off: every SIMD variant rounds alike, and like eager PyTorch
     flags = [
@@ -189,7 +199,7 @@ def _link_command(backend: str, plan: Plan, objects: list[Path], output: Path) -
         names += ["c10_cuda", "torch_cuda"]
     libraries = [f"-L{lib}", *(f"-l{name}" for name in names)]
     if backend == "cuda":
-        head = [str(plan.nvcc), "-shared", "--cudart", "static", "-ccbin", plan.cxx]
+        head = [str(plan.nvcc), "-shared", "--cudart", "static", "-ccbin", plan.cxx, *_toolkit_flags(str(plan.nvcc))[1]]
     else:
         head = [plan.cxx, "-shared"]
     return [*head, *map(str, objects), "-o", str(output), *libraries]

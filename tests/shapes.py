@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 ODD = [(), (0,), (1,), (3, 0, 5), (7,), (31,), (1025,), (3, 5, 7), (2, 3, 5, 5), (63, 65)]
@@ -20,8 +21,7 @@ REAL = [
 
 def elic(channels: tuple[int, int] | None = None) -> list[torch.Size]:
     """The shapes of ELIC's 367 parameters (32 M elements), or of a narrow ELIC."""
-    from compressai.models import Elic2022Official
-
+    Elic2022Official = pytest.importorskip("compressai.models").Elic2022Official
     model = (
         Elic2022Official() if channels is None else Elic2022Official(*channels, groups=[1, 1, 2, 4, channels[1] - 8])
     )

@@ -62,8 +62,8 @@ inline bool is_dense(const Tensor& tensor) {
 // elements.
 inline bool alike(const Tensor& a, const Tensor& b) {
   int32_t types[2];
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(a.get(), &types[0]));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(b.get(), &types[1]));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(a.get(), &types[0]));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(b.get(), &types[1]));
   if (types[0] != types[1] || a.get_device_index() != b.get_device_index() || a.dim() != b.dim()) return false;
   if (!std::equal(a.sizes().begin(), a.sizes().end(), b.sizes().begin())) return false;
   if (a.is_contiguous() && b.is_contiguous()) return true;
