@@ -38,7 +38,7 @@ compile-kernels: native
 bench: native
 	$(RUN) -m lic_fast bench
 
-# For a machine with a CUDA GPU, torch, nvcc and pytest, and no network: builds in place, tests, benchmarks.
+# For a machine with a CUDA GPU, torch, nvcc, pytest and compressai, and no network: builds in place, tests, measures.
 gpu: export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 gpu:
 	$(PYTHON) -m lic_fast build --libraries cuda
