@@ -17,6 +17,7 @@ import setuptools
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+from setuptools.errors import CompileError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "lic_fast"))
 import _build
@@ -24,7 +25,8 @@ import _build
 if int(setuptools.__version__.split(".")[0]) < 77:
     sys.exit(f'lic_fast: setuptools {setuptools.__version__} is too old; run pip install "setuptools>=77"')
 try:
-    PLAN = _build.make_plan(os.environ.get("LIC_FAST_BUILD", "auto"))
+    MODE = os.environ.get("LIC_FAST_BUILD", "auto")
+    PLAN = _build.make_plan(MODE)
 except _build.BuildError as error:
     sys.exit(f"lic_fast: {error}")
 
@@ -34,19 +36,35 @@ class BuildPython(build_py):
 
     def run(self) -> None:
         super().run()
-        folder = _build.PACKAGE if self.editable_mode else Path(self.build_lib) / "lic_fast"
-        _build.write_build_info(PLAN, folder)
+        if not self.editable_mode:  # of an earlier build with other libraries
+            for library in (Path(self.build_lib) / "lic_fast").glob("_C*.so"):
+                library.unlink()
+        _build.write_build_info(PLAN, _package(self))
+
+
+def _package(command: build_py | build_ext) -> Path:
+    return _build.PACKAGE if command.editable_mode else Path(command.build_lib) / "lic_fast"
 
 
 class BuildNative(build_ext):
-    """Hands each library to the compiler calls that `lic-fast build` uses too."""
+    """Hands each library to the compiler calls that `lic-fast build` uses too.
+
+    In auto mode a library that does not compile is left out, with its reason on record.
+    """
+
+    editable_mode = False
 
     def build_extension(self, ext: Extension) -> None:
+        global PLAN
         backend = {f"lic_fast.{name}": backend for backend, name in _build.LIBRARIES.items()}[ext.name]
         try:
             _build.compile_library(backend, PLAN, Path(self.get_ext_fullpath(ext.name)))
         except _build.BuildError as error:
-            sys.exit(f"lic_fast: {error}")
+            if not ext.optional:
+                sys.exit(f"lic_fast: {error}")
+            PLAN = PLAN.without(backend, str(error))
+            _build.write_build_info(PLAN, _package(self))
+            raise CompileError(str(error)) from None
 
 
 # These rooms lie at the top of the repository and inside the installed package: their bare names are taken on PyPI.
@@ -61,7 +79,8 @@ setup(
     package_dir={f"lic_fast.{room}": room for room in ROOMS},
     package_data={f"lic_fast.{room}": patterns for room, patterns in ROOMS.items()},
     ext_modules=[
-        Extension(f"lic_fast.{_build.LIBRARIES[backend]}", sources=[], py_limited_api=True) for backend in PLAN.built()
+        Extension(f"lic_fast.{_build.LIBRARIES[backend]}", sources=[], py_limited_api=True, optional=MODE == "auto")
+        for backend in PLAN.built()
     ],
     cmdclass={"build_py": BuildPython, "build_ext": BuildNative},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if PLAN.built() else {},

@@ -6,7 +6,9 @@ The compilers are called directly: the same command lines serve both callers, an
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
+import hashlib
 import importlib.util
 import json
 import os
@@ -19,7 +21,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
@@ -50,6 +52,10 @@ class Plan:
     cxx: str | None
     nvcc: str | None
     libraries: dict[str, str | None]  # backend -> None where it is built, else the reason
+
+    def without(self, backend: str, reason: str) -> Plan:
+        """The plan with `backend` left out for `reason`."""
+        return dataclasses.replace(self, libraries=self.libraries | {backend: reason})
 
     def built(self) -> list[str]:
         """The backends this plan compiles."""
@@ -171,6 +177,7 @@ def _compile_command(backend: str, plan: Plan, source: Path, output: Path) -> li
     include = [f"-I{source_root()}", f"-I{plan.torch.root / 'include'}", f"-I{sysconfig.get_path('include')}"]
     target = (TORCH_TARGET[0] << 56) | (TORCH_TARGET[1] << 48)
     defines = [f"-DTORCH_TARGET_VERSION={target:#018x}ULL", f"-DTORCH_EXTENSION_NAME={LIBRARIES[backend]}"]
+    defines.append(f"-DLIC_FAST_STAMP={stamp()}")
     if source.suffix == ".cu":
         host = ["-ccbin", plan.cxx, "-Xcompiler", "-fPIC,-fvisibility=hidden"]
         flags = ["-O3", "-DUSE_CUDA", *_gencode(cuda_archs()), "--threads", "2"]
@@ -203,6 +210,15 @@ def _link_command(backend: str, plan: Plan, objects: list[Path], output: Path) -
     else:
         head = [plan.cxx, "-shared"]
     return [*head, *map(str, objects), "-o", str(output), *libraries]
+
+
+def stamp() -> str:
+    """Names the C++ sources: a library with another stamp was built from others and must not be loaded."""
+    digest = hashlib.blake2b(digest_size=8)
+    root = source_root()
+    for path in sorted(path for path in root.rglob("*") if path.suffix in (".cpp", ".cu", ".cuh", ".h")):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def sources(backend: str) -> list[Path]:
@@ -248,9 +264,8 @@ def _failure(tool: str, stderr: str, log: Path | None) -> str:
 
 def build_info(plan: Plan) -> dict:
     """What was built from what, as stored in _build_info.json."""
-    torch = asdict(plan.torch) | {"root": None} if plan.torch else None
     return {
-        "torch": torch and {"version": torch["version"], "cuda": torch["cuda"]},
+        "torch": plan.torch and {"version": plan.torch.version, "cuda": plan.torch.cuda},
         "cxx": _version_line(plan.cxx) if plan.built() else None,
         "nvcc": _version_line(plan.nvcc) if "cuda" in plan.built() else None,
         "cuda_archs": cuda_archs() if "cuda" in plan.built() else None,
@@ -269,7 +284,9 @@ def _version_line(tool: str | None) -> str | None:
 def write_build_info(plan: Plan, folder: Path) -> None:
     """Writes _build_info.json into the package folder `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "_build_info.json").write_text(json.dumps(build_info(plan), indent=2) + "\n")
+    new = folder / "._build_info.json.new"
+    new.write_text(json.dumps(build_info(plan), indent=2) + "\n")
+    os.replace(new, folder / "_build_info.json")
 
 
 @contextmanager
@@ -289,6 +306,13 @@ def build_in_place(mode: str = "auto") -> tuple[Plan, Path]:
     with file_lock(PACKAGE / ".build.lock"):
         log.write_text("")
         for backend in plan.built():
-            compile_library(backend, plan, PACKAGE / f"{LIBRARIES[backend]}.abi3.so", log)
+            try:
+                compile_library(backend, plan, PACKAGE / f"{LIBRARIES[backend]}.abi3.so", log)
+            except BuildError as error:
+                if mode != "auto":
+                    raise
+                plan = plan.without(backend, str(error))
+        for backend in set(LIBRARIES) - set(plan.built()):
+            (PACKAGE / f"{LIBRARIES[backend]}.abi3.so").unlink(missing_ok=True)  # of other sources, sooner or later
         write_build_info(plan, PACKAGE)
     return plan, log

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -30,7 +32,7 @@ class Impl:
     """
 
     function: Callable[..., Any]
-    devices: tuple[str, ...]
+    devices: tuple[str, ...] | None  # None: any
     dtypes: tuple[torch.dtype, ...]
     why_not: Callable[[str], str | None] = lambda device: None
 
@@ -49,7 +51,7 @@ class OpSpec:
         impl = self.impls.get(backend)
         if impl is None:
             return f"{self.name} has no {backend} implementation"
-        if device not in impl.devices:
+        if impl.devices is not None and device not in impl.devices:
             return f"{self.name} in {backend} runs on {' and '.join(impl.devices)}, not on {device}"
         if dtype not in impl.dtypes:
             return f"{self.name} in {backend} does not take {dtype}"
@@ -91,7 +93,10 @@ def register(spec: OpSpec) -> OpSpec:
     return spec
 
 
-_chosen: str | None = None  # process-wide, since backward passes run on threads of autograd's own
+_lock = threading.Lock()
+_setting: use_backend | None = None  # the last use_backend(...) that is no block
+_blocks: list[use_backend] = []  # the open ones, in the order of their opening
+_order = itertools.count()
 
 
 def _checked(name: str | None, source: str) -> str | None:
@@ -103,8 +108,10 @@ def _checked(name: str | None, source: str) -> str | None:
 
 
 def _forced() -> str | None:
-    if _chosen is not None:
-        return None if _chosen == "auto" else _chosen
+    with _lock:
+        latest = max([*_blocks, *([_setting] if _setting else [])], key=lambda use: use.order, default=None)
+    if latest is not None:
+        return None if latest.name == "auto" else latest.name
     return _checked(os.environ.get(ENVIRONMENT_VARIABLE), ENVIRONMENT_VARIABLE)
 
 
@@ -112,25 +119,32 @@ class use_backend:
     """Makes every op run in backend `name`: from now on, or for a `with` block.
 
     name: "cuda", "triton", "cpp", "reference", or "auto" for the measured order. The choice holds for the whole
-    process (backward passes run on other threads) and wins over the environment variable LIC_FAST_BACKEND.
+    process (backward passes run on other threads), the latest one wins, and all win over the environment variable
+    LIC_FAST_BACKEND.
     Raises BackendError for an unknown name here, and for a backend that cannot run at the op's call: a forced
     backend never falls back.
     """
 
     def __init__(self, name: str) -> None:
-        global _chosen
+        global _setting
         _checked(name, "use_backend")
-        self._previous = _chosen
-        _chosen = name or "auto"
+        self.name, self.order = name or "auto", next(_order)
+        with _lock:
+            self._before, _setting = _setting, self
 
     def __enter__(self) -> use_backend:
+        global _setting
+        with _lock:
+            if _setting is self:
+                _setting = self._before
+            _blocks.append(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        global _chosen
-        _chosen = self._previous
+        with _lock:
+            _blocks.remove(self)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ import torch
 
 from . import _build
 
-MEND_CPP = "lic-fast build"
-MEND_CUDA = "LIC_FAST_BUILD=cuda lic-fast build"
+
+def _mend(backend: str) -> str:
+    return f"lic-fast build --libraries {backend}"
 
 
 def library_path(backend: str) -> Path:
@@ -23,8 +24,10 @@ def library_path(backend: str) -> Path:
 @functools.cache
 def build_info() -> dict[str, Any]:
     """What was built from what, as recorded by the build; empty where there is no record."""
-    path = _build.PACKAGE / "_build_info.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        return json.loads((_build.PACKAGE / "_build_info.json").read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
 
 
 @functools.cache
@@ -33,13 +36,15 @@ def _load(backend: str) -> str | None:
     path = library_path(backend)
     if not path.is_file():
         recorded = build_info().get("libraries", {}).get(backend, "never built")
-        return f"{path.name} is not built ({recorded}); run: {MEND_CUDA if backend == 'cuda' else MEND_CPP}"
+        return f"{path.name} is not built ({recorded}); run: {_mend(backend)}"
     if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < _build.TORCH_TARGET:
         return f"torch {torch.__version__} is older than the libraries' 2.10; run: pip install --upgrade torch"
+    if f"lic_fast_stamp={_build.stamp()}".encode() not in path.read_bytes():
+        return f"{path.name} was built from the sources of another version; run: {_mend(backend)}"
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        return f"{path.name} does not load ({str(error).splitlines()[0]}); run: {MEND_CPP}"
+        return f"{path.name} does not load ({str(error).splitlines()[0]}); run: {_mend(backend)}"
     return None
 
 
@@ -50,7 +55,21 @@ def why_not(backend: str, device: str) -> str | None:
             return f"torch {torch.__version__} is built without CUDA; run: pip install torch"
         if not torch.cuda.is_available():
             return "no CUDA device is visible"
-    return _load(backend)
+    return _load(backend) or (_probe() if backend == "cuda" else None)
+
+
+@functools.cache
+def _probe() -> str | None:
+    """The reason the CUDA library cannot run on the current GPU and driver, or None."""
+    error = op("cuda", "probe")()
+    if error == 0:
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    archs = ", ".join(build_info().get("cuda_archs") or [])
+    return (
+        f"_C_cuda.abi3.so (built for {archs}) cannot run on this GPU ({major}.{minor}) with this driver, CUDA error "
+        f"{error}; run: TORCH_CUDA_ARCH_LIST={major}.{minor} {_mend('cuda')}"
+    )
 
 
 def op(backend: str, name: str) -> Any:

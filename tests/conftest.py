@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import lic_fast
+from lic_fast import _dispatch
 
 torch.set_num_threads(2)
 
@@ -37,10 +38,11 @@ def poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def automatic_backend(monkeypatch: pytest.MonkeyPatch):
-    """Every test starts and ends in auto mode."""
+    """Every test starts in auto mode, and what it sets ends with it."""
     monkeypatch.delenv("LIC_FAST_BACKEND", raising=False)
-    with lic_fast.use_backend("auto"):
-        yield
+    yield
+    assert not _dispatch._blocks
+    _dispatch._setting = None
 
 
 def devices() -> list[str]:

@@ -259,3 +259,34 @@ def test_in_place_refuses_leaves_and_uneven_lists():
         affine_reconstruct_([w], [k, k], [d], [mode], refs)
     with pytest.raises(ValueError, match="got 1 w and 0 tied"):
         affine_reconstruct_([w], [k], [d], [mode], refs, tied=[])
+
+
+def test_nothing_is_written_where_any_tensor_of_a_mixed_list_is_bad():
+    good, bad = torch.ones(2), torch.ones(2, dtype=torch.bfloat16)
+    modes = [torch.zeros(2, dtype=torch.uint8), torch.full((2,), 9, dtype=torch.uint8)]
+    ones = [torch.ones(2), torch.ones(2)]
+    with pytest.raises(ValueError, match="modes 9 to 9 with 1 refs"):
+        affine_reconstruct_([good, bad], ones, ones, modes, torch.full((1,), 5.0))
+    assert good.tolist() == [1, 1] and good._version == 0
+
+
+def test_shared_memory_and_lost_derivatives_are_refused():
+    w, k, d, mode, refs, _ = embedding((33,))
+    whole = torch.ones(40)
+    with pytest.raises(ValueError, match=r"w\[0\] and k\[0\] share memory"):
+        affine_reconstruct_(whole[:33], whole[3:36], d, mode, refs)
+    with pytest.raises(RuntimeError, match="refs requires grad"):
+        affine_reconstruct_(w, k, d, mode, refs.clone().requires_grad_())
+    with pytest.raises(RuntimeError, match="forward-mode"):
+        torch.func.jvp(lambda refs: affine_reconstruct(w, k, d, mode, refs), (refs,), (refs,))
+
+
+@EVERY_BACKEND
+def test_many_modes(device, backend):
+    if (device, backend) == INTERPRETED:
+        pytest.skip("too slow under the interpreter")
+    *tensors, tied = embedding((4099,), modes=50_000, mode_dtype=torch.int32, device=device)
+    grad = torch.randn(4099, device=device)
+    with lic_fast.use_backend(backend):
+        ours = gradients(run, tensors, tied, grad)[3]
+    torch.testing.assert_close(ours, gradients(formula, tensors, tied, grad)[3])

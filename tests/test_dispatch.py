@@ -53,7 +53,6 @@ def test_unknown_names():
 
 
 def test_environment_variable(monkeypatch):
-    monkeypatch.setattr(_dispatch, "_chosen", None)
     monkeypatch.setenv("LIC_FAST_BACKEND", "reference")
     assert lic_fast.explain("sma_update_", "cpu").chosen == "reference"
     monkeypatch.setenv("LIC_FAST_BACKEND", "nonsense")
@@ -69,20 +68,45 @@ def test_explain_gives_a_reason_and_a_remedy_for_each_backend():
     assert told.reasons[told.chosen] is None
     text = str(told)
     assert text.count("\n") == len(_dispatch.BACKENDS) and "affine_reconstruct on cpu with torch.float32" in text
-    meta = lic_fast.explain("affine_reconstruct", "meta")
-    assert meta.chosen is None and all(meta.reasons.values())
+    none = lic_fast.explain("affine_reconstruct", "cpu", torch.int64)
+    assert none.chosen is None and all(none.reasons.values())
     assert "does not take torch.int32" in str(lic_fast.explain("sma_update_", "cpu", torch.int32))
 
 
 def test_a_missing_library_is_explained_with_its_remedy(monkeypatch, tmp_path):
-    from lic_fast import _native
+    from lic_fast import _build, _native
 
     monkeypatch.setattr(_native, "library_path", lambda backend: tmp_path / "_C.abi3.so")
     assert "is not built" in _native._load.__wrapped__("cpp") and "run: lic-fast build" in _native._load.__wrapped__(
         "cpp"
     )
-    (tmp_path / "_C.abi3.so").write_bytes(b"not a library")
+    (tmp_path / "_C.abi3.so").write_bytes(b"a library built by an earlier version")
+    assert "sources of another version; run: lic-fast build" in _native._load.__wrapped__("cpp")
+    (tmp_path / "_C.abi3.so").write_bytes(f"lic_fast_stamp={_build.stamp()}, and no library".encode())
     assert "does not load" in _native._load.__wrapped__("cpp")
+
+
+def test_blocks_that_do_not_nest_leave_nothing_behind():
+    first = lic_fast.use_backend("reference").__enter__()
+    second = lic_fast.use_backend("cuda").__enter__()
+    first.__exit__(None, None, None)
+    told = lic_fast.explain("sma_update_", "cpu")
+    assert told.forced and told.chosen is None  # still cuda, which cannot run here
+    second.__exit__(None, None, None)
+    assert not lic_fast.explain("sma_update_", "cpu").forced
+
+
+def test_a_setting_inside_a_block_outlives_it():
+    with lic_fast.use_backend("cuda"):
+        lic_fast.use_backend("reference")
+        assert lic_fast.explain("sma_update_", "cpu").chosen == "reference"
+    assert lic_fast.explain("sma_update_", "cpu").forced
+    lic_fast.use_backend("auto")
+
+
+def test_the_reference_runs_on_any_device():
+    assert lic_fast.explain("sma_update_", "meta").chosen == "reference"
+    sma_update_(torch.ones(3, device="meta"), torch.ones(3, device="meta"), alpha=0.5)
 
 
 def test_the_choice_is_logged_once(monkeypatch, caplog):

@@ -147,3 +147,28 @@ def test_native_wheel_is_abi3(tmp_path):
     path = wheel(tmp_path, "cpp")
     assert "-cp310-abi3-linux_" in path.name
     assert "lic_fast/_C.abi3.so" in zipfile.ZipFile(path).namelist()
+
+
+def test_auto_mode_leaves_out_what_does_not_compile_and_what_is_stale(monkeypatch, tmp_path):
+    def compile_library(backend, plan, output, log=None):
+        if backend == "cuda":
+            raise _build.BuildError("build: nvcc failed: unsupported GNU version!")
+        output.write_bytes(b"new")
+
+    plan = _build.Plan(None, sys.executable, sys.executable, {"cpp": None, "cuda": None})
+    monkeypatch.setattr(_build, "PACKAGE", tmp_path)
+    monkeypatch.setattr(_build, "compile_library", compile_library)
+    monkeypatch.setattr(_build, "make_plan", lambda mode: plan)
+    (tmp_path / "_C_cuda.abi3.so").write_bytes(b"of an earlier build")
+    built, _ = _build.build_in_place("auto")
+    assert built.built() == ["cpp"] and (tmp_path / "_C.abi3.so").read_bytes() == b"new"
+    assert not (tmp_path / "_C_cuda.abi3.so").exists()
+    assert "unsupported GNU version" in (tmp_path / "_build_info.json").read_text()
+    with pytest.raises(_build.BuildError, match="unsupported GNU"):
+        _build.build_in_place("cuda")
+
+
+def test_a_damaged_build_record_is_no_record(monkeypatch, tmp_path):
+    monkeypatch.setattr(_build, "PACKAGE", tmp_path)
+    (tmp_path / "_build_info.json").write_text("")
+    assert _native.build_info.__wrapped__() == {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -208,3 +209,61 @@ def test_every_backend_gives_the_same_weights():
             results.append([p.detach() for p in net.parameters()])
     assert results
     assert all(torch.equal(a, b) for other in results for a, b in zip(results[0], other, strict=True))
+
+
+def test_copies_and_pickles_under_a_scheduler_step_their_own_model():
+    net = model()
+    sma = SMA(torch.optim.SGD(net.parameters(), lr=0.1), every=2)
+    torch.optim.lr_scheduler.StepLR(sma, 1)
+    train(net, sma, 1)
+    before = net[0].weight.detach().clone()
+    for other_net, other in (copy.deepcopy((net, sma)), pickle.loads(pickle.dumps((net, sma)))):
+        train(other_net, other, 1, first=1)
+        assert other.steps == 2 and not torch.equal(other_net[0].weight, before)
+        assert sma.steps == 1 and torch.equal(net[0].weight, before)
+
+
+def test_a_first_swap_inside_inference_mode_spoils_nothing():
+    net = model()
+    sma = SMA(torch.optim.SGD(net.parameters(), lr=0.1), every=1)
+    with torch.inference_mode(), sma.swap():
+        net(torch.ones(1, 5))
+    for backend in ("reference", "auto"):
+        with lic_fast.use_backend(backend):
+            train(net, sma, 1)
+    assert not any(s.is_inference() for s in sma.slow_weights())
+
+
+def test_frozen_weights_are_left_alone_and_restart_forgets():
+    net = model()
+    sma = SMA(torch.optim.SGD(net.parameters(), lr=0.1), every=1)
+    train(net, sma, 1)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.fill_(7.0)
+    net[0].weight.requires_grad_(False)
+    sma.sync()
+    assert torch.equal(net[0].weight, torch.full_like(net[0].weight, 7.0))
+    assert not torch.equal(net[0].bias, torch.full_like(net[0].bias, 7.0))
+    sma.restart()
+    assert all(torch.equal(p, s) for p, s in zip(net.parameters(), sma.slow_weights(), strict=True))
+
+
+def test_a_damaged_state_changes_nothing():
+    net = model()
+    sma = SMA(torch.optim.SGD(net.parameters(), lr=0.1))
+    for damage in ({"every": 0}, {"alpha": float("nan")}, {"alpha": None}, {"steps": -1}):
+        state = copy.deepcopy(sma.state_dict())
+        state["optimizer"]["param_groups"][0]["lr"] = 99.0
+        state["sma"] |= damage
+        if damage == {"alpha": None}:
+            del state["sma"]["alpha"]
+        with pytest.raises(ValueError, match="SMA"):
+            sma.load_state_dict(state)
+        assert sma.param_groups[0]["lr"] == 0.1 and sma.every == 5
+
+
+def test_complex_parameters_are_refused():
+    p = torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    with pytest.raises(TypeError, match="floating dtype"):
+        SMA(torch.optim.SGD([p], lr=0.1)).slow_weights()

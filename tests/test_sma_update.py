@@ -160,8 +160,30 @@ def test_bad_input_is_named_and_changes_nothing(slow, fast, alpha, error, messag
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def test_same_tensor_twice_is_refused():
-    w = torch.ones(3)
-    for other in (w, w.view(3)):
-        with pytest.raises(ValueError, match="share their memory"):
+def test_shared_memory_is_refused():
+    whole = torch.ones(40)
+    w = whole[:32]
+    for other in (w, w.view(32), whole[8:]):
+        with pytest.raises(ValueError, match="share memory"):
             sma_update_(w, other, alpha=0.5)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("inference", [False, True])
+def test_changes_are_seen_by_autograd_wherever_they_happen(compiled, inference):
+    w, x = torch.ones(3), torch.ones(3, requires_grad=True)
+
+    def change():
+        sma_update_(w, torch.full((3,), 5.0), alpha=1.0)
+
+    loss = (x * w).sum()
+    with torch.inference_mode(inference):
+        (torch.compile(change, backend="eager") if compiled else change)()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_arguments_that_require_grad_are_refused():
+    x = torch.ones(3, requires_grad=True)
+    with pytest.raises(RuntimeError, match="slow requires grad"):
+        sma_update_(x * 1, torch.zeros(3), alpha=0.75)

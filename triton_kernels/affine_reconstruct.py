@@ -4,7 +4,7 @@ Forward, fp32, tied mask given: reads w, k, d (4 bytes each), mode and tied (1 e
 element, every byte once; refs (M values) stay in the first-level cache. A list is one launch over a table of pointers
 (one for each dtype of mode). Backward: one launch for the gradients of w, k, d; one for refs: a program adds its
 elements mode by mode in fp64 with a reduction of fixed shape, the programs' sums are added by torch, so that every run
-gives the same bits. More than MODES modes are taken MODES at a time by the second dimension of the grid. A mode
+gives the same bits. More than MODES modes are taken MODES at a time by the first dimension of the grid. A mode
 outside [0, M) gives NaN and never reads outside refs. FP fusion is off: rounds like eager PyTorch.
 """
 
@@ -127,10 +127,10 @@ def affine_reconstruct_refs_kernel(
     grad_ptr, k_ptr, mode_ptr, tied_ptr, partial_ptr, n, modes,
     HAS_TIED: tl.constexpr, WIDE: tl.constexpr, MODES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    columns = tl.program_id(1) * MODES + tl.arange(0, MODES)
+    columns = tl.program_id(0) * MODES + tl.arange(0, MODES)
     sums = tl.zeros([MODES], dtype=tl.float64)
-    step = tl.num_programs(0).to(tl.int64) * BLOCK
-    for first in range(tl.program_id(0).to(tl.int64) * BLOCK, n, step):
+    step = tl.num_programs(1).to(tl.int64) * BLOCK
+    for first in range(tl.program_id(1).to(tl.int64) * BLOCK, n, step):
         offsets = first + tl.arange(0, BLOCK)
         mask = offsets < n
         grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(WIDE)
@@ -142,7 +142,7 @@ def affine_reconstruct_refs_kernel(
         term = (k * grad).to(tl.float64)
         hit = picked[:, None] & (mode[:, None] == columns[None, :])
         sums += tl.sum(tl.where(hit, term[:, None], 0.0), axis=0)
-    row = partial_ptr + tl.program_id(0).to(tl.int64) * modes
+    row = partial_ptr + tl.program_id(1).to(tl.int64) * modes
     tl.store(row + columns, sums, mask=columns < modes)
 
 
@@ -206,7 +206,7 @@ def affine_reconstruct_bwd_out(
         if grad_refs.numel():
             programs = max(1, min(SUM_PROGRAMS, SUM_PARTIALS // modes, triton.cdiv(n, SUM_BLOCK)))
             partial = torch.empty((programs, modes), dtype=torch.float64, device=grad.device)
-            affine_reconstruct_refs_kernel[(programs, triton.cdiv(modes, MODES))](
+            affine_reconstruct_refs_kernel[(triton.cdiv(modes, MODES), programs)](
                 grad, k, mode, mask, partial, n, modes,
                 tied is not None, _wide(k), MODES, SUM_BLOCK, num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip

@@ -10,7 +10,7 @@ from torch import Tensor
 
 _CACHE: OrderedDict[tuple, Tensor] = OrderedDict()
 _CAPTURED: dict[tuple, Tensor] = {}
-_CACHED_TABLES = 64
+_CACHED_NUMBERS = 1 << 23  # 64 MiB in all
 
 
 def _on_another_stream(key: tuple) -> Tensor:
@@ -47,7 +47,7 @@ def pointer_table(rows: Sequence[tuple[int, ...]], sizes: Sequence[int], block: 
         columns += list(torch.tensor(rows, dtype=torch.int64)[which].unbind(1))
         table = torch.stack(columns, 1).contiguous().to(device)
         _CACHE[key] = table
-        if len(_CACHE) > _CACHED_TABLES:
+        while len(_CACHE) > 1 and sum(t.numel() for t in _CACHE.values()) > _CACHED_NUMBERS:
             _CACHE.popitem(last=False)
     else:
         _CACHE.move_to_end(key)

@@ -27,6 +27,7 @@ bool walkable(const std::vector<Tensor>& w, const std::vector<Tensor>& k, const 
     const int32_t mode_type = dtype_code(mode[t]);
     if (mode_type != kUInt8 && mode_type != kInt16 && mode_type != kInt32) return false;
     if (!alike(w[t], k[t]) || !alike(w[t], d[t]) || !alike(w[t], mode[t])) return false;
+    if (overlap(w[t], k[t]) || overlap(w[t], d[t]) || overlap(w[t], mode[t])) return false;
     if (!tied.empty() && (tied[t].scalar_type() != ScalarType::Bool || !alike(w[t], tied[t]))) return false;
   }
   return true;

@@ -38,6 +38,13 @@ inline int32_t dtype_code(const Tensor& tensor) {
   }
 }
 
+// Whether two dense tensors share a byte.
+inline bool overlap(const Tensor& a, const Tensor& b) {
+  const uintptr_t a_first = reinterpret_cast<uintptr_t>(a.const_data_ptr());
+  const uintptr_t b_first = reinterpret_cast<uintptr_t>(b.const_data_ptr());
+  return a_first < b_first + b.numel() * b.element_size() && b_first < a_first + a.numel() * a.element_size();
+}
+
 inline void check_same_numel(const Tensor& a, const Tensor& b) {
   STD_TORCH_CHECK(a.numel() == b.numel(), "lic_fast: sizes differ, got ", a.numel(), " and ", b.numel());
 }

@@ -74,7 +74,7 @@ bool sma_update_(std::vector<Tensor> slow, std::vector<Tensor> fast, double alph
     const int32_t s_size = static_cast<int32_t>(slow[t].element_size());
     const int32_t f_size = static_cast<int32_t>(fast[t].element_size());
     pairs.push_back({slow[t].mutable_data_ptr(), fast[t].mutable_data_ptr(), slow[t].numel(), code, s_size, f_size});
-    if (pairs.back().n > 0 && pairs.back().slow == pairs.back().fast) return false;
+    if (overlap(slow[t], fast[t])) return false;
     first.push_back(first.back() + pairs.back().n);
   }
   parallel_over_list(first, [&](size_t t, int64_t begin, int64_t end) {

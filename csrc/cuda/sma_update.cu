@@ -89,7 +89,7 @@ bool sma_update_(std::vector<Tensor> slow, std::vector<Tensor> fast, double alph
   for (size_t t = 0; t < slow.size(); ++t) {
     if (types_code(slow[t], fast[t]) < 0 || !slow[t].is_cuda() || !alike(slow[t], fast[t])) return false;
     if (slow[t].get_device_index() != slow[0].get_device_index()) return false;
-    if (slow[t].numel() > 0 && slow[t].const_data_ptr() == fast[t].const_data_ptr()) return false;
+    if (overlap(slow[t], fast[t])) return false;
   }
   const torch::stable::accelerator::DeviceGuard guard(slow[0].get_device_index());
   const cudaStream_t stream = current_stream(slow[0]);

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..ops._library import plain
+
 _TENSORS = {Tensor, torch.nn.Parameter}
 
 
@@ -65,9 +67,31 @@ def dtype_in(function: str, name: str, value: Tensor, allowed: Sequence[torch.dt
         raise TypeError(f"{function}: {name} must be one of {names}, got {value.dtype}; convert it with .to()")
 
 
-def no_leaf_in_place(function: str, name: str, values: Sequence[Tensor]) -> None:
-    """RuntimeError where a leaf that requires grad would be changed in place while gradients are recorded."""
+def no_gradient(function: str, name: str, values: Sequence[Tensor]) -> None:
+    """RuntimeError where an argument of an op in place requires grad while gradients are recorded: it has none."""
     if torch.is_grad_enabled() and any(value.requires_grad for value in values):
         raise RuntimeError(
-            f"{function}: {name} requires grad and would be changed in place; call it under torch.no_grad()"
+            f"{function}: {name} requires grad, and no gradient is recorded; call it under torch.no_grad()"
         )
+
+
+def no_forward_mode(function: str) -> None:
+    """RuntimeError inside forward-mode differentiation (torch.func.jvp, dual_level): tangents would be lost."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        raise RuntimeError(f"{function}: forward-mode derivatives are not supported; use reverse mode")
+
+
+def no_overlap(function: str, written: tuple[str, Tensor], read: tuple[str, Tensor]) -> None:
+    """ValueError where a tensor that is written shares memory with one that is read."""
+    (a_name, a), (b_name, b) = written, read
+    shared = a is b
+    if plain(a) and plain(b) and a.numel() and b.numel() and a.device.type != "meta":
+        (a_first, a_end), (b_first, b_end) = _span(a), _span(b)
+        shared = a_first < b_end and b_first < a_end
+    if shared:
+        raise ValueError(f"{function}: {a_name} and {b_name} share memory; clone one of them")
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size()

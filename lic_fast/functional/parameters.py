@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..ops._library import plain
-from ..ops.affine_reconstruct import MODES
+from ..ops.affine_reconstruct import MODES, check_modes
 from ..ops.affine_reconstruct import attempt as attempt_affine_
 from ..ops.sma_update import PAIRS
 from ..ops.sma_update import attempt as attempt_sma_
@@ -32,7 +31,7 @@ def affine_reconstruct(
 
     Gradients flow to w, k, d and refs. The gradient of refs is the segment sum of k * grad over the tied elements of
     each mode, added in fp64 in a fixed order: the same in every run, and on the CPU for any number of threads. There
-    is no gradient of gradients (RuntimeError).
+    are neither gradients of gradients nor forward-mode derivatives (RuntimeError).
 
     Raises ValueError for shapes and, on the CPU, for a mode outside [0, M) (on CUDA such an element becomes NaN:
     a check would have to wait for the device), TypeError for dtypes and devices, BackendError for a forced backend.
@@ -44,6 +43,7 @@ def affine_reconstruct(
         _check.tensor(f, name, value)
     if tied is not None:
         _check.tensor(f, "tied", tied)
+    _check.no_forward_mode(f)
     _check_embedding(f, w, k, d, mode, refs, tied)
     return torch.ops.lic_fast.affine_reconstruct(w, k, d, mode, refs, tied)
 
@@ -61,7 +61,8 @@ def affine_reconstruct_(
 
     w, k, d, mode, tied: as in affine_reconstruct, each a tensor or a list of as many; refs [M] serves all of them.
     Elements that are not tied keep their bits. Where a mode lies outside [0, M) the CPU raises before anything is
-    written. Raises what affine_reconstruct raises, and RuntimeError for a w that requires grad outside no_grad.
+    written. Raises what affine_reconstruct raises, ValueError for a w that shares memory with
+    k, d or mode, and RuntimeError for an argument that requires grad outside no_grad.
     Source: as affine_reconstruct.
     """
     f = "affine_reconstruct_"
@@ -70,7 +71,8 @@ def affine_reconstruct_(
     )
     masks = [] if tied is None else _check.tensor_list(f, "tied", tied)
     _check.tensor(f, "refs", refs)
-    _check.no_leaf_in_place(f, "w", ws)
+    for name, values in (("w", ws), ("k", ks), ("d", ds), ("refs", [refs])):
+        _check.no_gradient(f, name, values)
     bounded = refs.numel() <= MOST_REFS and (tied is None or len(masks) > 0)
     if not (bounded and attempt_affine_(ws, ks, ds, modes, refs, masks)):
         _check.same_length(
@@ -79,11 +81,13 @@ def affine_reconstruct_(
         for i, item in enumerate(ws):
             _check_embedding(f, item, ks[i], ds[i], modes[i], refs, masks[i] if masks else None)
             same_device(f, ("w[0]", ws[0]), (f"w[{i}]", item))
+            for name, values in (("k", ks), ("d", ds), ("mode", modes)):
+                _check.no_overlap(f, (f"w[{i}]", item), (f"{name}[{i}]", values[i]))
+        check_modes(modes, refs)
         for kind in dict.fromkeys(t.dtype for t in ws):  # the choice of backend is made for one dtype at a time
             group = [i for i, t in enumerate(ws) if t.dtype is kind]
             picked = [[xs[i] for i in group] for xs in (ws, ks, ds, modes)]
             torch.ops.lic_fast.affine_reconstruct_(*picked, refs, [masks[i] for i in group] if masks else [])
-    _mark_changed(ws)
 
 
 def sma_update_(
@@ -96,8 +100,8 @@ def sma_update_(
     Arithmetic in fp32, or in fp64 where fast is fp64; the difference, product and sum are rounded separately, and
     all backends agree to the bit.
 
-    Raises ValueError for lengths, shapes and alpha, TypeError for dtypes and devices, RuntimeError for a fast that
-    requires grad outside no_grad, BackendError for a forced backend.
+    Raises ValueError for lengths, shapes, alpha and pairs that share memory, TypeError for dtypes and devices,
+    RuntimeError for an argument that requires grad outside no_grad, BackendError for a forced backend.
 
     Source: SMA (Zhang et al., TMLR 2025) names the factor alpha = 0.8 and the period of 5 steps; its equation is not
     public, and this form, that of Lookahead (Zhang et al., NeurIPS 2019), is a reconstruction.
@@ -106,7 +110,8 @@ def sma_update_(
     slows, fasts = _check.tensor_list(f, "slow", slow), _check.tensor_list(f, "fast", fast)
     if not (isinstance(alpha, (int, float)) and math.isfinite(alpha) and 0 <= alpha <= 1):
         raise ValueError(f"{f}: alpha must be in [0, 1], got {alpha!r}")
-    _check.no_leaf_in_place(f, "fast", fasts)
+    for name, values in (("slow", slows), ("fast", fasts)):
+        _check.no_gradient(f, name, values)
     if not attempt_sma_(slows, fasts, float(alpha), bool(reset)):
         _check.same_length(f, ("slow", slows), ("fast", fasts))
         for i, (s, p) in enumerate(zip(slows, fasts, strict=True)):
@@ -116,11 +121,9 @@ def sma_update_(
                     f"{f}: slow[{i}] must be float32, or float64 where fast[{i}] is float64, "
                     f"got {s.dtype} and {p.dtype}; convert slow with .to()"
                 )
-            if s is p or (plain(s) and s.numel() and s.data_ptr() == p.data_ptr()):
-                raise ValueError(f"{f}: slow[{i}] and fast[{i}] share their memory; clone one of them")
             same_device(f, ("slow[0]", slows[0]), (f"slow[{i}]", s), (f"fast[{i}]", p))
+            _check.no_overlap(f, (f"slow[{i}]", s), (f"fast[{i}]", p))
         torch.ops.lic_fast.sma_update_(slows, fasts, float(alpha), bool(reset))
-    _mark_changed([*slows, *fasts] if reset else slows)
 
 
 def _check_embedding(f: str, w: Tensor, k: Tensor, d: Tensor, mode: Tensor, refs: Tensor, tied: Tensor | None) -> None:
@@ -138,9 +141,3 @@ def _check_embedding(f: str, w: Tensor, k: Tensor, d: Tensor, mode: Tensor, refs
     if tied is not None:
         dtype_in(f, "tied", tied, (torch.bool,))
     same_device(f, ("w", w), ("k", k), ("d", d), ("mode", mode), ("refs", refs), ("tied", tied))
-
-
-def _mark_changed(tensors: list[Tensor]) -> None:
-    """Tells autograd that the tensors were changed, so that a graph which saved one of them refuses to run."""
-    if tensors and not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
-        torch.autograd.graph.increment_version(tensors)

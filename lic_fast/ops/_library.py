@@ -53,4 +53,13 @@ def plain(tensor: Tensor) -> bool:
         type(tensor) in (Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not tensor.is_neg()
     )
+
+
+def mark_changed(tensors: list[Tensor]) -> None:
+    """Tells autograd that kernels have changed the tensors: a graph that saved one of them then refuses to run."""
+    if torch.is_inference_mode_enabled():
+        tensors = [t for t in tensors if not t.is_inference()]
+    torch.autograd.graph.increment_version(tensors)

@@ -11,17 +11,18 @@ from torch import Tensor
 from .. import _native, _triton
 from .._dispatch import Impl, OpSpec, register
 from ..reference import affine_reconstruct as reference
-from ._library import FLOATS, all_contiguous, define, is_dense, laid_out_as, plain
+from ._library import FLOATS, all_contiguous, define, is_dense, laid_out_as, mark_changed, plain
 
 MODES = (torch.uint8, torch.int16, torch.int32)
 Masks = list[Tensor]
 DONE, REFUSED, OUTSIDE = 0, 1, 2  # what the native kernels over lists return; only DONE has written
 
 
-def _raise_outside(inside: bool, modes: list[Tensor], refs: Tensor) -> None:
-    if not inside:
-        outside = next(m for m in modes if m.numel() and (int(m.min()) < 0 or int(m.max()) >= refs.numel()))
-        raise ValueError(reference.mode_error(outside, refs))
+def check_modes(modes: list[Tensor], refs: Tensor) -> None:
+    """ValueError where a mode on the CPU lies outside refs: for what has to be known before anything is written."""
+    for mode in modes:
+        if mode.device.type == "cpu" and mode.numel() and (int(mode.min()) < 0 or int(mode.max()) >= refs.numel()):
+            raise ValueError(reference.mode_error(mode, refs))
 
 
 def _flat_forward(kernel: Callable[..., bool]) -> Callable[..., Tensor]:
@@ -31,7 +32,8 @@ def _flat_forward(kernel: Callable[..., bool]) -> Callable[..., Tensor]:
         out = torch.empty_like(w)
         mask = None if tied is None else laid_out_as(out, tied)
         flat = [laid_out_as(out, t) for t in (w, k, d, mode)]
-        _raise_outside(kernel(*flat, refs.contiguous(), mask, out), [mode], refs)
+        if not kernel(*flat, refs.contiguous(), mask, out):
+            check_modes([mode], refs)
         return out
 
     return run
@@ -47,7 +49,8 @@ def _flat_forward_(kernel: Callable[..., int]) -> Callable[..., None]:
             k, d, mode = ([laid_out_as(t, x) for t, x in zip(targets, xs, strict=True)] for xs in (k, d, mode))
             tied = [laid_out_as(t, x) for t, x in zip(targets, tied, strict=True)] if tied else []
         status = kernel(targets, k, d, mode, refs.contiguous(), tied)
-        _raise_outside(status != OUTSIDE, mode, refs)
+        if status == OUTSIDE:
+            check_modes(mode, refs)
         if status != DONE:
             raise RuntimeError(
                 "affine_reconstruct_: the kernel refused lists that passed the checks; please report this"
@@ -120,7 +123,7 @@ def _spec(name: str, wrap: Callable[..., Any], kernel: str, plain: Callable[...,
             cpp_dtypes,
             lambda device: _native.why_not("cpp", device),
         ),
-        "reference": Impl(plain, ("cpu", "cuda"), FLOATS),
+        "reference": Impl(plain, None, FLOATS),
     }
     order = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
     return register(OpSpec(name, impls, order))
@@ -138,6 +141,7 @@ def _forward(w: Tensor, k: Tensor, d: Tensor, mode: Tensor, refs: Tensor, tied: 
 def _forward_(w: list[Tensor], k: list[Tensor], d: list[Tensor], mode: list[Tensor], refs: Tensor, tied: Masks) -> None:
     if w:
         FORWARD_(w[0], w, k, d, mode, refs, tied)
+        mark_changed(w)
 
 
 def attempt(w: list[Tensor], k: list[Tensor], d: list[Tensor], mode: list[Tensor], refs: Tensor, tied: Masks) -> bool:
@@ -150,7 +154,10 @@ def attempt(w: list[Tensor], k: list[Tensor], d: list[Tensor], mode: list[Tensor
     backend = FORWARD_.choose(w[0].device.type, w[0].dtype)
     if backend not in ("cpp", "cuda"):
         return False
-    return _native.op(backend, "affine_reconstruct_")(w, k, d, mode, refs, tied) == DONE
+    if _native.op(backend, "affine_reconstruct_")(w, k, d, mode, refs, tied) != DONE:
+        return False
+    mark_changed(w)
+    return True
 
 
 def _backward(

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import _native, _triton
 from .._dispatch import Impl, OpSpec, register
 from ..reference.sma_update import sma_update_ as reference
-from ._library import FLOATS, alike, all_contiguous, define, plain
+from ._library import FLOATS, alike, all_contiguous, define, mark_changed, plain
 
 # (slow, fast) dtypes that are averaged; the arithmetic is in the wider of the two.
 PAIRS = (*((torch.float32, fast) for fast in FLOATS), (torch.float64, torch.float64))
@@ -54,7 +54,7 @@ SPEC = register(
             "cuda": Impl(_cuda, ("cuda",), FLOATS, lambda device: _native.why_not("cuda", device)),
             "triton": Impl(_run_triton, ("cuda", "cpu"), FLOATS, _triton.why_not),
             "cpp": Impl(_cpp, ("cpu",), FLOATS, lambda device: _native.why_not("cpp", device)),
-            "reference": Impl(reference, ("cpu", "cuda"), FLOATS),
+            "reference": Impl(reference, None, FLOATS),
         },
         {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")},
     )
@@ -64,6 +64,7 @@ SPEC = register(
 def _op(slow: list[Tensor], fast: list[Tensor], alpha: float, reset: bool) -> None:
     if slow:
         SPEC(slow[0], slow, fast, alpha, reset)
+        mark_changed([*slow, *fast] if reset else slow)
 
 
 def _fake(slow: list[Tensor], fast: list[Tensor], alpha: float, reset: bool) -> None:
@@ -78,7 +79,10 @@ def attempt(slow: list[Tensor], fast: list[Tensor], alpha: float, reset: bool) -
     if not (slow and fast and (slow[0].dtype, fast[0].dtype) in PAIRS and plain(slow[0])):
         return False
     backend = SPEC.choose(slow[0].device.type, slow[0].dtype)
-    return backend in ("cpp", "cuda") and _native.op(backend, "sma_update_")(slow, fast, alpha, reset)
+    if backend not in ("cpp", "cuda") or not _native.op(backend, "sma_update_")(slow, fast, alpha, reset):
+        return False
+    mark_changed([*slow, *fast] if reset else slow)
+    return True
 
 
 define("sma_update_(Tensor(a!)[] slow, Tensor(b!)[] fast, float alpha, bool reset) -> ()", _op, _fake)

@@ -17,15 +17,18 @@ class SMA(Optimizer):
     """Wraps an optimizer: every `every` steps, slow <- slow + alpha * (fast - slow), then fast <- slow where reset.
 
     optimizer: any torch optimizer; its param_groups, state and defaults are this object's own, so learning-rate
-    schedulers, GradScaler and add_param_group work on either. alpha in [0, 1] weighs the new point; alpha=1 with
-    reset is the plain optimizer. every >= 1 counts steps that were taken (a step that GradScaler skips is none).
-    reset=False leaves the trained weights alone and only keeps the average, for swap().
+    schedulers, GradScaler (give its unscale_ and step the same one of the two) and add_param_group work on either.
+    alpha in [0, 1] weighs the new point; alpha=1 with reset is the plain optimizer up to rounding. every >= 1 counts
+    steps that were taken (a step that GradScaler skips is none). reset=False leaves the trained weights alone and only
+    keeps the average, for swap().
 
     The slow weights are fp32 (fp64 for fp64 parameters) and start as the weights before the first step. state_dict
-    holds the wrapped optimizer's, the slow weights and the count; a resumed run continues bit for bit. The moments of
-    the wrapped optimizer are left as they are when the weights are reset.
+    holds the wrapped optimizer's, the slow weights and the count; a resumed run continues bit for bit. Parameters that
+    do not require grad are left alone. The moments of the wrapped optimizer stay as they are when the weights are
+    reset.
 
-    Raises TypeError where `optimizer` is no torch optimizer, ValueError for alpha, every and a foreign state_dict.
+    Raises TypeError where `optimizer` is no torch optimizer and for complex parameters, ValueError for alpha, every and
+    a foreign state_dict.
 
     Source: SMA in Zhang et al., TMLR 2025 (alpha = 0.8, 5 optimizer steps). The paper's equation is not public: this
     form is a reconstruction, that of Lookahead (Zhang et al., NeurIPS 2019), whose defaults are the same two numbers.
@@ -37,10 +40,7 @@ class SMA(Optimizer):
             raise TypeError(f"SMA: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         if isinstance(optimizer, SMA):
             raise TypeError("SMA: optimizer is already averaged by SMA; wrap the optimizer inside it once")
-        if not 0.0 <= alpha <= 1.0:
-            raise ValueError(f"SMA: alpha must be in [0, 1], got {alpha!r}")
-        if int(every) != every or every < 1:
-            raise ValueError(f"SMA: every must be a whole number of steps >= 1, got {every!r}")
+        _check_numbers(alpha, every)
         self.optimizer = optimizer
         self.alpha, self.every, self.reset = float(alpha), int(every), bool(reset)
         self.steps = 0
@@ -74,11 +74,9 @@ class SMA(Optimizer):
         pass
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__.copy()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._patch_step_function()
+        # as torch's own: neither hooks nor the `step` that a scheduler put on this object go into a copy
+        names = ("optimizer", "alpha", "every", "reset", "steps", "_slow", "_swapped")
+        return {name: self.__dict__[name] for name in names}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group to the wrapped optimizer; its slow weights start at its weights of now."""
@@ -108,6 +106,8 @@ class SMA(Optimizer):
         slow = self._slow_list()
         by_device: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
         for s, p in zip(slow, self._parameters(), strict=True):
+            if not p.requires_grad:
+                continue  # frozen: whatever it holds is meant
             pair = by_device.setdefault(p.device, ([], []))
             pair[0].append(s)
             pair[1].append(p)
@@ -133,6 +133,12 @@ class SMA(Optimizer):
             with torch.no_grad():
                 torch._foreach_copy_(params, own)
 
+    def restart(self) -> None:
+        """Forgets the average: the slow weights begin again at the weights of now. For weights loaded from outside."""
+        self._not_swapped("restart")
+        self._slow.clear()
+        self._slow_list()
+
     def slow_weights(self) -> list[Tensor]:
         """The slow weights, in the order of the parameters in param_groups."""
         return self._slow_list()
@@ -151,6 +157,9 @@ class SMA(Optimizer):
                 f"load it into the optimizer it came from"
             )
         own, params = state_dict["sma"], self._parameters()
+        if set(own) != {"alpha", "every", "reset", "steps", "slow"} or own["steps"] < 0:
+            raise ValueError("SMA.load_state_dict: the state is incomplete or damaged; load one that state_dict() gave")
+        _check_numbers(own["alpha"], own["every"])
         got = [tuple(s.shape) for s in own["slow"]]
         if got != [tuple(p.shape) for p in params]:
             raise ValueError(
@@ -171,14 +180,24 @@ class SMA(Optimizer):
     def _slow_list(self) -> list[Tensor]:
         """Slow weights for all parameters, made where missing from the weights of now."""
         params = self._parameters()
-        for p in params:
-            if p not in self._slow:
-                self._slow[p] = p.detach().to(_slow_dtype(p), copy=True)
+        with torch.inference_mode(False), torch.no_grad():  # a first swap() may come inside inference_mode
+            for p in params:
+                if p not in self._slow:
+                    if p.is_complex():
+                        raise TypeError(f"SMA: a parameter must be of a floating dtype, got {p.dtype}")
+                    self._slow[p] = p.detach().to(_slow_dtype(p), copy=True)
         return [self._slow[p] for p in params]
 
     def _not_swapped(self, what: str) -> None:
         if self._swapped:
             raise RuntimeError(f"SMA.{what}: the parameters hold the slow weights; leave swap() first")
+
+
+def _check_numbers(alpha: float, every: int) -> None:
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"SMA: alpha must be in [0, 1], got {alpha!r}")
+    if int(every) != every or every < 1:
+        raise ValueError(f"SMA: every must be a whole number of steps >= 1, got {every!r}")
 
 
 def _slow_dtype(parameter: Tensor) -> torch.dtype:

@@ -59,7 +59,8 @@ class TrainConfig:
     def validate(self) -> None:
         """Raises ValueError, naming the field, where a value makes no sense."""
         for name in ("batch_size", "sma_every", "min_epoch_steps", "max_nonfinite"):
-            self._check(name, getattr(self, name) >= 1, "at least 1")
+            value = getattr(self, name)
+            self._check(name, int(value) == value and value >= 1, "a whole number of at least 1")
         for name in ("steps", "epochs", "checkpoint_every"):
             value = getattr(self, name)
             self._check(name, value is None or value >= 1, "at least 1")

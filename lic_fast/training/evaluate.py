@@ -115,7 +115,7 @@ def _write_csv(rows: list[dict[str, Any]], path: Path) -> None:
     writer.writeheader()
     for row in rows:
         writer.writerow({name: f"{v:.6g}" if isinstance(v, float) else v for name, v in row.items()})
-    atomic_write(path, text.getvalue().encode())
+    atomic_write(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -75,10 +75,27 @@ def train(config: TrainConfig) -> TrainResult:
             raise TrainingError(
                 f"train: {output} already holds a run ({held[0]}); go on with --resume or choose another --output"
             )
-    if config.backend != "auto":
-        import lic_fast
+    with _backend(config):
+        return _run(config, saved)
 
-        lic_fast.use_backend(config.backend)
+
+@contextlib.contextmanager
+def _backend(config: TrainConfig) -> Iterator[None]:
+    """Every op of the run in `config.backend`. Raises BackendError where it cannot run here."""
+    if config.backend == "auto":
+        yield
+        return
+    from lic_fast import BackendError, explain, use_backend
+
+    with use_backend(config.backend):
+        told = explain("sma_update_", resolve_device(config.device, "train"))
+        if told.chosen is None:
+            reason = told.reasons[config.backend]
+            raise BackendError(f"train: backend {config.backend!r} was asked for and cannot run: {reason}")
+        yield
+
+
+def _run(config: TrainConfig, saved: dict[str, Any] | None) -> TrainResult:
     trainer = Trainer(config)
     if saved is not None:
         trainer.restore(saved)
