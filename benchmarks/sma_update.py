@@ -71,7 +71,9 @@ def _expected(state: _State) -> Expected:
     return Expected.of([*exact, *exact], state.results(), [*scales, *scales])
 
 
-def _peers(case: Callable[..., Case], state: _State, settings: Settings) -> tuple[list[Case], dict[str, str]]:
+def _peers(
+    case: Callable[..., Case], state: _State, flat: _State, settings: Settings
+) -> tuple[list[Case], dict[str, str]]:
     peers = [
         case("eager, tensor by tensor", lambda: _per_tensor(state.slow, state.fast), state),
         case("torch._foreach_lerp_", lambda: _foreach(state.slow, state.fast), state),
@@ -79,7 +81,6 @@ def _peers(case: Callable[..., Case], state: _State, settings: Settings) -> tupl
     reason = compile_why_not(settings.device)
     if reason is not None:
         return peers, {"torch.compile": reason}
-    flat = state.flat()
     one = compiled(lambda slow, fast: _foreach(slow, fast))
     peers.append(case("torch.compile, one flat tensor", lambda: one(flat.slow, flat.fast), flat))
     if settings.quick:
@@ -102,13 +103,13 @@ def _group(name: str, values: Sequence[Tensor], dtype: str, settings: Settings) 
 
     usable, left_out = backends("sma_update_", settings.device, torch.float32)
     ours = [case(OURS + b, forced(b, lambda: sma_update_(state.slow, state.fast, alpha=ALPHA)), state) for b in usable]
-    flat = state.flat()  # what a peer of one flat tensor is to be compared with
+    flat = state.flat()  # the same memory for all cases on one flat tensor: where pages lie shows in the figures
     ours += [
         case(f"{OURS}{b}, one flat tensor", forced(b, lambda: sma_update_(flat.slow, flat.fast, alpha=ALPHA)), flat)
         for b in usable
         if b != "reference"
     ]
-    peers, missing = _peers(case, state, settings)
+    peers, missing = _peers(case, state, flat, settings)
     return Group(
         op="sma_update",
         case="update",
