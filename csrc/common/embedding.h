@@ -1,4 +1,4 @@
-// What affine_reconstruct_ asks of its lists, on either device.
+// What affine_reconstruct has alike on either device: its native ops, and what it asks of lists.
 #pragma once
 
 #include <limits>
@@ -31,6 +31,18 @@ bool walkable(const std::vector<Tensor>& w, const std::vector<Tensor>& k, const 
     if (!tied.empty() && (tied[t].scalar_type() != ScalarType::Bool || !alike(w[t], tied[t]))) return false;
   }
   return true;
+}
+
+// The three native ops, alike on either device.
+inline void define_affine_reconstruct(torch::stable::detail::StableLibrary& m) {
+  m.def(
+      "affine_reconstruct_out(Tensor w, Tensor k, Tensor d, Tensor mode, Tensor refs, Tensor? tied, Tensor(a!) out)"
+      " -> bool");
+  m.def(
+      "affine_reconstruct_(Tensor(a!)[] w, Tensor[] k, Tensor[] d, Tensor[] mode, Tensor refs, Tensor[] tied) -> int");
+  m.def(
+      "affine_reconstruct_bwd_out(Tensor grad, Tensor k, Tensor mode, Tensor refs, Tensor? tied, Tensor(a!) grad_w,"
+      " Tensor(b!) grad_k, Tensor(c!) grad_d, Tensor(d!) grad_refs) -> ()");
 }
 
 }  // namespace lic_fast

@@ -329,16 +329,7 @@ void affine_reconstruct_bwd_out(Tensor grad, Tensor k, Tensor mode, Tensor refs,
 }  // namespace
 }  // namespace lic_fast
 
-STABLE_TORCH_LIBRARY_FRAGMENT(lic_fast_cpp, m) {
-  m.def(
-      "affine_reconstruct_out(Tensor w, Tensor k, Tensor d, Tensor mode, Tensor refs, Tensor? tied, Tensor(a!) out)"
-      " -> bool");
-  m.def(
-      "affine_reconstruct_(Tensor(a!)[] w, Tensor[] k, Tensor[] d, Tensor[] mode, Tensor refs, Tensor[] tied) -> int");
-  m.def(
-      "affine_reconstruct_bwd_out(Tensor grad, Tensor k, Tensor mode, Tensor refs, Tensor? tied, Tensor(a!) grad_w,"
-      " Tensor(b!) grad_k, Tensor(c!) grad_d, Tensor(d!) grad_refs) -> ()");
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(lic_fast_cpp, m) { lic_fast::define_affine_reconstruct(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(lic_fast_cpp, CompositeExplicitAutograd, m) {
   m.impl("affine_reconstruct_out", TORCH_BOX(&lic_fast::affine_reconstruct_out));
