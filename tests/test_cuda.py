@@ -26,13 +26,12 @@ def expected(slow, fast):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_launches_on_the_current_stream(backend):
     slow, fast = lists()
-    want = expected(slow, fast)
+    want = expected([s + 1 for s in slow], fast)
     stream = torch.cuda.Stream()
     with lic_fast.use_backend(backend), torch.cuda.stream(stream):
         stream.wait_stream(torch.cuda.default_stream())
         torch.cuda._sleep(200_000_000)  # a launch on the default stream would run before this ends
-        for s in slow:
-            s.mul_(1.0)
+        torch._foreach_add_(slow, 1.0)
         sma_update_(slow, fast, alpha=0.8)
     stream.synchronize()
     for s, w in zip(slow, want, strict=True):
