@@ -293,6 +293,7 @@ def test_a_full_disk_is_one_line_wherever_it_strikes(tmp_path: Path, photos: Pat
         ({"crop": 100}, "--crop takes a multiple of 64"),
         ({"lmbda": math.nan}, "--lmbda takes a positive number"),
         ({"batch_size": 0}, "--batch-size takes at least 1"),
+        ({"batch_size": 2.5}, "--batch-size takes at least 1, a whole number"),
         ({"epochs": 3}, "steps and epochs are both given"),
         ({"lr_factor": 1.0}, "--lr-factor takes between 0 and 1"),
     ],

@@ -60,7 +60,7 @@ class TrainConfig:
         """Raises ValueError, naming the field, where a value makes no sense."""
         for name in ("batch_size", "sma_every", "min_epoch_steps", "max_nonfinite"):
             value = getattr(self, name)
-            self._check(name, int(value) == value and value >= 1, "a whole number of at least 1")
+            self._check(name, int(value) == value and value >= 1, "at least 1, a whole number")
         for name in ("steps", "epochs", "checkpoint_every"):
             value = getattr(self, name)
             self._check(name, value is None or value >= 1, "at least 1")
