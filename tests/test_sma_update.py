@@ -33,6 +33,14 @@ def clones(tensors):
 def test_matches_fp64_and_reference(device, backend, slow_dtype, fast_dtype, reset):
     if (device, backend) == INTERPRETED and fast_dtype is torch.bfloat16:
         pytest.skip("Triton's interpreter truncates bf16 stores")
+    refused = lic_fast.explain("sma_update_", device, fast_dtype).reasons[backend]
+    if refused:
+        slow, fast = lists([(3,)], slow_dtype, fast_dtype, device)
+        before = clones(slow + fast)
+        with lic_fast.use_backend(backend), pytest.raises(lic_fast.BackendError, match="does not take"):
+            sma_update_(slow, fast, alpha=0.8)
+        assert all(torch.equal(a, b) for a, b in zip(slow + fast, before, strict=True))
+        return
     slow, fast = lists(ODD + REAL[:3], slow_dtype, fast_dtype, device)
     exact = [s.double() + 0.8 * (f.double() - s.double()) for s, f in zip(slow, fast, strict=True)]
     expected_slow, expected_fast = clones(slow), clones(fast)
@@ -81,11 +89,18 @@ def test_mixed_dtypes_misaligned_views_and_empty_lists(device, backend):
         kinds = [torch.float32, torch.float64, torch.float16]
     else:
         kinds = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
+    told = {kind: lic_fast.explain("sma_update_", device, kind).reasons[backend] for kind in kinds}
+    refused = [kind for kind, reason in told.items() if reason]
     slow = [torch.randn(1000, device=device)[i + 1 :] for i in range(len(kinds))]
     fast = [torch.randn(1001, device=device).to(kind)[i + 2 :] for i, kind in enumerate(kinds)]
     expected_slow, expected_fast = clones(slow), clones(fast)
     reference(expected_slow, expected_fast, 0.8, True)
-    with lic_fast.use_backend(backend):
+    if refused:  # by name: nothing is written, nothing falls back; automatically: each dtype where it runs
+        before = clones(slow + fast)
+        with lic_fast.use_backend(backend), pytest.raises(lic_fast.BackendError, match="does not take"):
+            sma_update_(slow, fast, alpha=0.8)
+        assert all(torch.equal(a, b) for a, b in zip(slow + fast, before, strict=True))
+    with lic_fast.use_backend("auto" if refused else backend):
         sma_update_([], [], alpha=0.5)
         sma_update_(slow, fast, alpha=0.8)
     assert all(torch.equal(a, b) for a, b in zip(slow + fast, expected_slow + expected_fast, strict=True))

@@ -8,15 +8,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._dispatch import OpSpec
+from ..ops._library import FLOATS
+from ..ops.affine_reconstruct import FORWARD_ as AFFINE_RECONSTRUCT_
 from ..ops.affine_reconstruct import MODES, check_modes
 from ..ops.affine_reconstruct import attempt as attempt_affine_
 from ..ops.sma_update import PAIRS
+from ..ops.sma_update import SPEC as SMA_UPDATE
 from ..ops.sma_update import attempt as attempt_sma_
 from . import _check
 from ._check import dtype_in, same_device, same_shape
 
 MOST_REFS = 1 << 20  # the kernels' segment sum walks refs in the second dimension of a grid
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def affine_reconstruct(
@@ -84,8 +87,7 @@ def affine_reconstruct_(
             for name, values in (("k", ks), ("d", ds), ("mode", modes)):
                 _check.no_overlap(f, (f"w[{i}]", item), (f"{name}[{i}]", values[i]))
         check_modes(modes, refs)
-        for kind in dict.fromkeys(t.dtype for t in ws):  # the choice of backend is made for one dtype at a time
-            group = [i for i, t in enumerate(ws) if t.dtype is kind]
+        for group in _by_dtype(AFFINE_RECONSTRUCT_, ws):
             picked = [[xs[i] for i in group] for xs in (ws, ks, ds, modes)]
             torch.ops.lic_fast.affine_reconstruct_(*picked, refs, [masks[i] for i in group] if masks else [])
 
@@ -123,7 +125,23 @@ def sma_update_(
                 )
             same_device(f, ("slow[0]", slows[0]), (f"slow[{i}]", s), (f"fast[{i}]", p))
             _check.no_overlap(f, (f"slow[{i}]", s), (f"fast[{i}]", p))
-        torch.ops.lic_fast.sma_update_(slows, fasts, float(alpha), bool(reset))
+        for group in _by_dtype(SMA_UPDATE, fasts):
+            picked = [[xs[i] for i in group] for xs in (slows, fasts)]
+            torch.ops.lic_fast.sma_update_(*picked, float(alpha), bool(reset))
+
+
+def _by_dtype(spec: OpSpec, tensors: list[Tensor]) -> list[list[int]]:
+    """Places grouped by dtype: the choice of backend is made for one dtype at a time.
+
+    Raises BackendError, before anything is written, where there is none for one of them.
+    """
+    groups: dict[torch.dtype, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        groups.setdefault(tensor.dtype, []).append(i)
+    if len(groups) > 1 and not torch.compiler.is_compiling():
+        for dtype in groups:
+            spec.choose(tensors[0].device.type, dtype)
+    return list(groups.values())
 
 
 def _check_embedding(f: str, w: Tensor, k: Tensor, d: Tensor, mode: Tensor, refs: Tensor, tied: Tensor | None) -> None:
@@ -132,7 +150,7 @@ def _check_embedding(f: str, w: Tensor, k: Tensor, d: Tensor, mode: Tensor, refs
         raise ValueError(f"{f}: refs must have one dimension [M], got shape {list(refs.shape)}")
     if refs.numel() > MOST_REFS:
         raise ValueError(f"{f}: refs has too many elements, got {refs.numel()}; use at most {MOST_REFS} modes")
-    dtype_in(f, "w", w, _FLOATS)
+    dtype_in(f, "w", w, FLOATS)
     half = w.dtype in (torch.bfloat16, torch.float16)
     dtype_in(f, "k", k, (w.dtype, torch.float32) if half else (w.dtype,))
     for name, value in (("d", d), ("refs", refs)):

@@ -39,6 +39,14 @@ def laid_out_as(first: Tensor, tensor: Tensor) -> Tensor:
     return torch.empty_like(first, dtype=tensor.dtype).copy_(tensor)
 
 
+def copy_back(originals: list[Tensor], walked: list[Tensor]) -> None:
+    """Writes what a kernel left in stand-ins back into the tensors they stand for."""
+    if originals is not walked:
+        for original, stand_in in zip(originals, walked, strict=True):
+            if original is not stand_in:
+                original.copy_(stand_in)
+
+
 def all_contiguous(*lists: list[Tensor]) -> bool:
     """Whether every tensor of every list is contiguous: the common case, asked before anything dearer."""
     return all(all(map(Tensor.is_contiguous, tensors)) for tensors in lists)

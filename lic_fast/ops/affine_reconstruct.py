@@ -11,11 +11,11 @@ from torch import Tensor
 from .. import _native, _triton
 from .._dispatch import Impl, OpSpec, register
 from ..reference import affine_reconstruct as reference
-from ._library import FLOATS, all_contiguous, define, is_dense, laid_out_as, mark_changed, plain
+from ._library import FLOATS, all_contiguous, copy_back, define, is_dense, laid_out_as, mark_changed, plain
 
 MODES = (torch.uint8, torch.int16, torch.int32)
 Masks = list[Tensor]
-DONE, REFUSED, OUTSIDE = 0, 1, 2  # what the native kernels over lists return; only DONE has written
+DONE, OUTSIDE = 0, 2  # what the native kernels over lists return (1: not walkable); only DONE has written
 
 
 def check_modes(modes: list[Tensor], refs: Tensor) -> None:
@@ -55,12 +55,17 @@ def _flat_forward_(kernel: Callable[..., int]) -> Callable[..., None]:
             raise RuntimeError(
                 "affine_reconstruct_: the kernel refused lists that passed the checks; please report this"
             )
-        if targets is not w:
-            for original, target in zip(w, targets, strict=True):
-                if original is not target:
-                    original.copy_(target)
+        copy_back(w, targets)
 
     return run
+
+
+def _wanted(dense: Tensor, k: Tensor, need: list[bool]) -> list[Tensor]:
+    """Room for the gradients of w, k and d; without elements where not needed."""
+    return [
+        torch.empty_like(dense, dtype=dtype) if needed else dense.new_empty(0, dtype=dtype)
+        for needed, dtype in zip(need, (dense.dtype, k.dtype, k.dtype), strict=False)
+    ]
 
 
 def _flat_backward(kernel: Callable[..., None]) -> Callable[..., tuple[Tensor, ...]]:
@@ -72,10 +77,7 @@ def _flat_backward(kernel: Callable[..., None]) -> Callable[..., tuple[Tensor, .
         dense = grad if is_dense(grad) else grad.contiguous()
         flat = [laid_out_as(dense, t) for t in (k, mode)]
         mask = None if tied is None else laid_out_as(dense, tied)
-        wanted = [
-            torch.empty_like(dense, dtype=dtype) if needed else grad.new_empty(0, dtype=dtype)
-            for needed, dtype in zip(need, (grad.dtype, k.dtype, k.dtype), strict=False)
-        ]
+        wanted = _wanted(dense, k, need)
         sums = refs.new_empty(refs.numel() if need[3] else 0, dtype=torch.float64)
         kernel(dense, *flat, refs.contiguous(), mask, *wanted, sums)
         return (*wanted, sums.to(refs.dtype))
@@ -170,11 +172,7 @@ def _fake_backward(
     grad: Tensor, k: Tensor, mode: Tensor, refs: Tensor, tied: Tensor | None, need: list[bool]
 ) -> tuple[Tensor, ...]:
     dense = grad if is_dense(grad) else grad.contiguous()
-    wanted = [
-        torch.empty_like(dense, dtype=dtype) if needed else grad.new_empty(0, dtype=dtype)
-        for needed, dtype in zip(need, (grad.dtype, k.dtype, k.dtype), strict=False)
-    ]
-    return (*wanted, refs.new_empty(refs.numel() if need[3] else 0))
+    return (*_wanted(dense, k, need), refs.new_empty(refs.numel() if need[3] else 0))
 
 
 # "mode_index": torch's own machinery passes a keyword named mode

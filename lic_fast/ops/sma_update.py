@@ -10,50 +10,49 @@ from torch import Tensor
 from .. import _native, _triton
 from .._dispatch import Impl, OpSpec, register
 from ..reference.sma_update import sma_update_ as reference
-from ._library import FLOATS, alike, all_contiguous, define, mark_changed, plain
+from ._library import FLOATS, all_contiguous, copy_back, define, is_dense, laid_out_as, mark_changed, plain
 
 # (slow, fast) dtypes that are averaged; the arithmetic is in the wider of the two.
 PAIRS = (*((torch.float32, fast) for fast in FLOATS), (torch.float64, torch.float64))
 
 
-def _run(
-    kernel: Callable[..., bool],
-    skip: tuple[torch.dtype, ...],
-    slow: list[Tensor],
-    fast: list[Tensor],
-    alpha: float,
-    reset: bool,
-) -> None:
-    """Runs `kernel` on the pairs that a flat loop can walk, the reference on strided views and dtypes in `skip`."""
-    if not (all_contiguous(slow, fast) and {f.dtype for f in fast}.isdisjoint(skip)):
-        flat = [f.dtype not in skip and alike(s, f) for s, f in zip(slow, fast, strict=True)]
-        rest = [i for i, ok in enumerate(flat) if not ok]
-        reference([slow[i] for i in rest], [fast[i] for i in rest], alpha, reset)
-        slow = [t for t, ok in zip(slow, flat, strict=True) if ok]
-        fast = [t for t, ok in zip(fast, flat, strict=True) if ok]
-    if slow and not kernel(slow, fast, alpha, reset):
-        raise RuntimeError("sma_update_: the kernel refused lists that passed the checks; please report this")
+def _flat(kernel: Callable[..., bool]) -> Callable[..., None]:
+    """Strided views are copied in and out, the rest is walked where it lies."""
+
+    def run(slow: list[Tensor], fast: list[Tensor], alpha: float, reset: bool) -> None:
+        walked_slow, walked_fast = slow, fast
+        if not all_contiguous(slow, fast):
+            walked_slow = [s if is_dense(s) else s.contiguous() for s in slow]
+            walked_fast = [laid_out_as(s, f) for s, f in zip(walked_slow, fast, strict=True)]
+        if not kernel(walked_slow, walked_fast, alpha, reset):
+            raise RuntimeError("sma_update_: the kernel refused lists that passed the checks; please report this")
+        copy_back(slow, walked_slow)
+        if reset:
+            copy_back(fast, walked_fast)
+
+    return run
 
 
-def _cuda(slow: list[Tensor], fast: list[Tensor], alpha: float, reset: bool) -> None:
-    _run(_native.op("cuda", "sma_update_"), (), slow, fast, alpha, reset)
+def _native_kernel(backend: str) -> Callable[..., bool]:
+    return lambda *args: _native.op(backend, "sma_update_")(*args)
 
 
-def _run_triton(slow: list[Tensor], fast: list[Tensor], alpha: float, reset: bool) -> None:
-    _run(_triton.kernels("sma_update").sma_update_, (), slow, fast, alpha, reset)
+def _triton_kernel(*args: object) -> bool:
+    return _triton.kernels("sma_update").sma_update_(*args)
 
 
-def _cpp(slow: list[Tensor], fast: list[Tensor], alpha: float, reset: bool) -> None:
-    _run(_native.op("cpp", "sma_update_"), (torch.float16,), slow, fast, alpha, reset)
-
-
+_CPP_DTYPES = tuple(dtype for dtype in FLOATS if dtype is not torch.float16)  # of fast, as in all of this table
 SPEC = register(
     OpSpec(
         "sma_update_",
         {
-            "cuda": Impl(_cuda, ("cuda",), FLOATS, lambda device: _native.why_not("cuda", device)),
-            "triton": Impl(_run_triton, ("cuda", "cpu"), FLOATS, _triton.why_not),
-            "cpp": Impl(_cpp, ("cpu",), FLOATS, lambda device: _native.why_not("cpp", device)),
+            "cuda": Impl(
+                _flat(_native_kernel("cuda")), ("cuda",), FLOATS, lambda device: _native.why_not("cuda", device)
+            ),
+            "triton": Impl(_flat(_triton_kernel), ("cuda", "cpu"), FLOATS, _triton.why_not),
+            "cpp": Impl(
+                _flat(_native_kernel("cpp")), ("cpu",), _CPP_DTYPES, lambda device: _native.why_not("cpp", device)
+            ),
             "reference": Impl(reference, None, FLOATS),
         },
         {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")},
@@ -63,7 +62,7 @@ SPEC = register(
 
 def _op(slow: list[Tensor], fast: list[Tensor], alpha: float, reset: bool) -> None:
     if slow:
-        SPEC(slow[0], slow, fast, alpha, reset)
+        SPEC(fast[0], slow, fast, alpha, reset)
         mark_changed([*slow, *fast] if reset else slow)
 
 
@@ -76,9 +75,9 @@ def attempt(slow: list[Tensor], fast: list[Tensor], alpha: float, reset: bool) -
 
     False, nothing written, where it is not or finds anything out of the ordinary.
     """
-    if not (slow and fast and (slow[0].dtype, fast[0].dtype) in PAIRS and plain(slow[0])):
+    if not (slow and fast and (slow[0].dtype, fast[0].dtype) in PAIRS and plain(fast[0])):
         return False
-    backend = SPEC.choose(slow[0].device.type, slow[0].dtype)
+    backend = SPEC.choose(fast[0].device.type, fast[0].dtype)
     if backend not in ("cpp", "cuda") or not _native.op(backend, "sma_update_")(slow, fast, alpha, reset):
         return False
     mark_changed([*slow, *fast] if reset else slow)
