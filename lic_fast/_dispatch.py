@@ -115,6 +115,13 @@ def _forced() -> str | None:
     return _checked(os.environ.get(ENVIRONMENT_VARIABLE), ENVIRONMENT_VARIABLE)
 
 
+def before_falling_back(op: str, reason: str) -> None:
+    """Called where an implementation cannot take these very arguments: BackendError if it was asked for by name."""
+    forced = _forced()
+    if forced is not None:
+        raise BackendError(f"{op}: backend {forced!r} was asked for and cannot run: {reason}")
+
+
 class use_backend:
     """Makes every op run in backend `name`: from now on, or for a `with` block.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import pkgutil
+import re
 
 import pytest
 
@@ -13,15 +14,17 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
 
 import lic_fast.triton_kernels as rooms  # noqa: E402
+import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 MODULES = [importlib.import_module(f"{rooms.__name__}.{m.name}") for m in pkgutil.iter_modules(rooms.__path__)]
-CASES = [(kernel, types, values) for module in MODULES for kernel, types, values in getattr(module, "AOT", [])]
+# a case: kernel, argument types, compile-time values, and options where the launcher does not take the defaults
+CASES = [(*case, {})[:4] for module in MODULES for case in getattr(module, "AOT", [])]
 
 
 def test_every_kernel_is_listed():
-    compiled = {kernel.fn.__name__ for kernel, _, _ in CASES}
+    compiled = {kernel.fn.__name__ for kernel, *_ in CASES}
     written = {
         name
         for module in MODULES
@@ -31,14 +34,43 @@ def test_every_kernel_is_listed():
     assert written and compiled == written
 
 
+def compiled(case, arch, aligned=False):
+    """(the compiled kernel, its options); aligned: told that its pointers are, as a launch tells it."""
+    kernel, types, values, options = CASES[case]
+    options = {"enable_fp_fusion": False} | options
+    names = list(kernel.arg_names)
+    signature = {name: types.get(name, "constexpr") for name in names}
+    constants = {(names.index(name),): value for name, value in values.items()}
+    pointers = [name for name in names if signature[name].startswith("*")] if aligned else []
+    hints = {(names.index(name),): [["tt.divisibility", 16]] for name in pointers}
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=hints)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options), options
+
+
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("case", range(len(CASES)), ids=[f"{i}-{c[0].fn.__name__}" for i, c in enumerate(CASES)])
 def test_compiles(case, arch):
-    kernel, types, values = CASES[case]
-    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-    source = ASTSource(kernel, signature, constexprs={(kernel.arg_names.index(k),): v for k, v in values.items()})
-    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"enable_fp_fusion": False})
+    built, options = compiled(case, arch)
     assert built.asm["cubin"][:4] == b"\x7fELF"
     assert f".target sm_{arch}" in built.asm["ptx"]
-    assert "fma.rn.f" not in built.asm["ptx"]  # products and sums round separately, as in eager PyTorch
+    if not options["enable_fp_fusion"]:  # element-wise: products and sums round separately, as in eager PyTorch
+        assert "fma.rn.f" not in built.asm["ptx"]
     assert ".local" not in built.asm["ptx"], "an array went to local memory"
+
+
+# element-wise kernels: the tensors that a full block reads and writes, at least
+TENSORS = {
+    "sma_update_kernel": (2, 1), "adam_flags_kernel": (1, 0), "adam_update_kernel": (4, 3),
+    "affine_reconstruct_fwd_kernel": (3, 1), "affine_reconstruct_list_kernel": (3, 1),
+    "affine_reconstruct_bwd_kernel": (1, 3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [i for i, c in enumerate(CASES) if c[0].fn.__name__ in TENSORS])
+def test_full_blocks_of_aligned_tensors_take_vectors(case):
+    name, values = CASES[case][0].fn.__name__, CASES[case][2]
+    built, _ = compiled(case, 90, aligned=True)
+    for kind, least in zip(("ld", "st"), TENSORS[name], strict=True):
+        assert len(re.findall(rf"\b{kind}\.global\.v[24]\.b(?:32|64)\b", built.asm["ptx"])) >= least
+    widest = "v2.b64" if values.get("WIDE") is tl.float64 else "v4.b32"
+    assert f".global.{widest}" in built.asm["ptx"]

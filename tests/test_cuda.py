@@ -86,3 +86,44 @@ def test_compiled_with_reduce_overhead():
     for _ in range(4):
         out = step(w, k, d, refs).clone()
     assert torch.equal(out, (k * refs[mode.long()] + d) * 2)
+
+
+@pytest.mark.parametrize("settings", [{}, {"stagger": True, "precondition_frequency": 4}], ids=str)
+def test_soap_recorded_as_graphs_takes_the_steps_of_eager(settings):
+    from soap_training import give_gradients
+
+    from lic_fast.optim import SOAP
+
+    shapes = [(64, 32, 3, 3), (96, 64, 1, 1), (192, 96), (64,), (16, 3, 5, 5)]
+    lr = torch.tensor(3e-3, device="cuda")
+    weights = [torch.randn(shape) for shape in shapes]
+    params, twins, host = ([torch.nn.Parameter(w.to(device)) for w in weights] for device in ("cuda", "cuda", "cpu"))
+    recorded, eager = SOAP(params, lr=lr, capturable=True, **settings), SOAP(twins, lr=3e-3, **settings)
+    for t in range(33):
+        give_gradients(params, twins, host, seed=t)
+        if t == 20:
+            lr.fill_(1e-3)
+            eager.param_groups[0]["lr"] = 1e-3
+        recorded.step()
+        eager.step()
+    for p, q in zip(params, twins, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+    assert recorded._graphs is not None and len(recorded._graphs._recorded) >= 2
+
+
+def test_an_ordinary_step_of_soap_waits_for_nothing():
+    from soap_training import give_gradients
+
+    from lic_fast.optim import SOAP
+
+    params = [torch.nn.Parameter(torch.randn(shape, device="cuda")) for shape in [(64, 32, 3, 3), (96, 64), (64,)]]
+    optimizer = SOAP(params, precondition_frequency=3)
+    for t in range(8):
+        give_gradients(params, seed=t)
+        torch.cuda.synchronize()
+        if t >= 6:  # a refresh among them; tables and handles are made by then
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

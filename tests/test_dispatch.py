@@ -48,7 +48,7 @@ def test_unknown_names():
     with pytest.raises(lic_fast.BackendError, match="unknown backend, got 'tpu'; use auto, cuda, triton, cpp"):
         lic_fast.use_backend("tpu")
     assert not lic_fast.explain("sma_update_", "cpu").forced
-    with pytest.raises(ValueError, match="unknown op, got 'x'; use one of affine_reconstruct"):
+    with pytest.raises(ValueError, match="unknown op, got 'x'; use one of adam_update_, affine_reconstruct"):
         lic_fast.explain("x")
 
 

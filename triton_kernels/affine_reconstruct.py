@@ -15,9 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .access import inside, pointer
 from .tables import pointer_table
 
 BLOCK = 1024
+# four elements a thread: with more, the vectors of mode and tied are wider than those of out, and go by shared memory
+LAUNCH = {"num_warps": 8, "enable_fp_fusion": False}
 SUM_BLOCK = 256
 SUM_PROGRAMS = 1024
 SUM_PARTIALS = 1 << 22  # 32 MiB of partial sums at the most
@@ -43,21 +46,33 @@ def _look_up(refs_ptr, mode, modes, mask, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _forward(
-    w_ptr, out_ptr, k_ptr, d_ptr, mode_ptr, tied_ptr, refs_ptr, first, n, modes,
-    HAS_TIED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+def _forward_block(
+    w, out, k, d, mode, tied, refs_ptr, first, n, modes, W: tl.constexpr, P: tl.constexpr, MODE: tl.constexpr,
+    HAS_TIED: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     offsets = first + tl.arange(0, BLOCK)
-    mask = offsets < n
-    k = tl.load(k_ptr + offsets, mask=mask, other=0.0).to(WIDE)
-    d = tl.load(d_ptr + offsets, mask=mask, other=0.0).to(WIDE)
-    mode = tl.load(mode_ptr + offsets, mask=mask, other=0)
-    value = (k * _look_up(refs_ptr, mode, modes, mask, WIDE) + d).to(out_ptr.dtype.element_ty)
+    mask = inside(offsets, n, V)
+    factor = tl.load(pointer(k, P, V) + offsets, mask=mask, other=0.0).to(WIDE)
+    shift = tl.load(pointer(d, P, V) + offsets, mask=mask, other=0.0).to(WIDE)
+    which = tl.load(pointer(mode, MODE, V) + offsets, mask=mask, other=0)
+    value = (factor * _look_up(refs_ptr, which, modes, mask, WIDE) + shift).to(W)
     if HAS_TIED:
-        tied = tl.load(tied_ptr + offsets, mask=mask, other=0)
-        w = tl.load(w_ptr + offsets, mask=mask, other=0.0)
-        value = tl.where(tied != 0, value, w)
-    tl.store(out_ptr + offsets, value, mask=mask)
+        picked = tl.load(pointer(tied, tl.uint8, V) + offsets, mask=mask, other=0)
+        value = tl.where(picked != 0, value, tl.load(pointer(w, W, V) + offsets, mask=mask, other=0.0))
+    tl.store(pointer(out, W, V) + offsets, value, mask=mask)
+
+
+@triton.jit
+def _forward(
+    w, out, k, d, mode, tied, refs_ptr, first, n, modes, W: tl.constexpr, P: tl.constexpr, MODE: tl.constexpr,
+    HAS_TIED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One block; the tensors are addresses."""
+    V: tl.constexpr = 16 // (WIDE.primitive_bitwidth // 8)
+    if (first + BLOCK <= n) & ((w | out | k | d | mode | tied) % 16 == 0):
+        _forward_block(w, out, k, d, mode, tied, refs_ptr, first, n, modes, W, P, MODE, HAS_TIED, WIDE, V, BLOCK)
+    else:
+        _forward_block(w, out, k, d, mode, tied, refs_ptr, first, n, modes, W, P, MODE, HAS_TIED, WIDE, 1, BLOCK)
 
 
 @triton.jit
@@ -67,7 +82,9 @@ def affine_reconstruct_fwd_kernel(
 ):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * BLOCK
     _forward(
-        w_ptr, out_ptr, k_ptr, d_ptr, mode_ptr, tied_ptr, refs_ptr, first, n, modes, HAS_TIED, WIDE, BLOCK
+        w_ptr.to(tl.int64), out_ptr.to(tl.int64), k_ptr.to(tl.int64), d_ptr.to(tl.int64), mode_ptr.to(tl.int64),
+        tied_ptr.to(tl.int64), refs_ptr, first, n, modes, out_ptr.dtype.element_ty, k_ptr.dtype.element_ty,
+        mode_ptr.dtype.element_ty, HAS_TIED, WIDE, BLOCK,
     )  # fmt: skip
 
 
@@ -75,7 +92,7 @@ def affine_reconstruct_fwd_kernel(
 def affine_reconstruct_list_kernel(
     table_ptr, refs_ptr, modes,
     W: tl.constexpr, P: tl.constexpr, MODE: tl.constexpr,
-    HAS_TIED: tl.constexpr, WIDE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_TIED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = table_ptr + tl.program_id(0).to(tl.int64) * COLUMNS
     first = tl.multiple_of(tl.load(row), BLOCK)
@@ -85,18 +102,31 @@ def affine_reconstruct_list_kernel(
     d = tl.load(row + 4)
     mode = tl.load(row + 5)
     tied = tl.load(row + 6)
-    if ALIGNED:
-        w = tl.multiple_of(w, 16)
-        k = tl.multiple_of(k, 16)
-        d = tl.multiple_of(d, 16)
-        mode = tl.multiple_of(mode, 16)
-        tied = tl.multiple_of(tied, 16)
-    w_ptr = w.to(tl.pointer_type(W))
-    k_ptr = k.to(tl.pointer_type(P))
-    d_ptr = d.to(tl.pointer_type(P))
-    mode_ptr = mode.to(tl.pointer_type(MODE))
-    tied_ptr = tied.to(tl.pointer_type(tl.uint8))
-    _forward(w_ptr, w_ptr, k_ptr, d_ptr, mode_ptr, tied_ptr, refs_ptr, first, n, modes, HAS_TIED, WIDE, BLOCK)
+    _forward(w, w, k, d, mode, tied, refs_ptr, first, n, modes, W, P, MODE, HAS_TIED, WIDE, BLOCK)
+
+
+@triton.jit
+def _backward_block(
+    grad, mode, tied, refs_ptr, grad_w, grad_k, grad_d, first, n, modes,
+    W: tl.constexpr, P: tl.constexpr, MODE: tl.constexpr,
+    HAS_TIED: tl.constexpr, WANT_W: tl.constexpr, WANT_K: tl.constexpr, WANT_D: tl.constexpr,
+    WIDE: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    offsets = first + tl.arange(0, BLOCK)
+    mask = inside(offsets, n, V)
+    g = tl.load(pointer(grad, W, V) + offsets, mask=mask, other=0.0)
+    picked = mask
+    if HAS_TIED:
+        picked = tl.load(pointer(tied, tl.uint8, V) + offsets, mask=mask, other=0) != 0
+    if WANT_W:
+        tl.store(pointer(grad_w, W, V) + offsets, tl.where(picked, 0.0, g).to(W), mask=mask)
+    if WANT_K:
+        which = tl.load(pointer(mode, MODE, V) + offsets, mask=mask, other=0)
+        value = tl.where(picked, g.to(WIDE) * _look_up(refs_ptr, which, modes, mask, WIDE), 0.0)
+        tl.store(pointer(grad_k, P, V) + offsets, value.to(P), mask=mask)
+    if WANT_D:
+        value = tl.where(picked, g.to(WIDE), 0.0)
+        tl.store(pointer(grad_d, P, V) + offsets, value.to(P), mask=mask)
 
 
 @triton.jit
@@ -105,21 +135,27 @@ def affine_reconstruct_bwd_kernel(
     HAS_TIED: tl.constexpr, WANT_W: tl.constexpr, WANT_K: tl.constexpr, WANT_D: tl.constexpr,
     WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offsets < n
-    grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0)
-    tied = mask
-    if HAS_TIED:
-        tied = tl.load(tied_ptr + offsets, mask=mask, other=0) != 0
-    if WANT_W:
-        tl.store(grad_w_ptr + offsets, tl.where(tied, 0.0, grad).to(grad_w_ptr.dtype.element_ty), mask=mask)
-    if WANT_K:
-        mode = tl.load(mode_ptr + offsets, mask=mask, other=0)
-        value = tl.where(tied, grad.to(WIDE) * _look_up(refs_ptr, mode, modes, mask, WIDE), 0.0)
-        tl.store(grad_k_ptr + offsets, value.to(grad_k_ptr.dtype.element_ty), mask=mask)
-    if WANT_D:
-        value = tl.where(tied, grad.to(WIDE), 0.0)
-        tl.store(grad_d_ptr + offsets, value.to(grad_d_ptr.dtype.element_ty), mask=mask)
+    W: tl.constexpr = grad_ptr.dtype.element_ty
+    P: tl.constexpr = grad_k_ptr.dtype.element_ty
+    MODE: tl.constexpr = mode_ptr.dtype.element_ty
+    V: tl.constexpr = 16 // (WIDE.primitive_bitwidth // 8)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    grad = grad_ptr.to(tl.int64)
+    mode = mode_ptr.to(tl.int64)
+    tied = tied_ptr.to(tl.int64)
+    w = grad_w_ptr.to(tl.int64)
+    k = grad_k_ptr.to(tl.int64)
+    d = grad_d_ptr.to(tl.int64)
+    if (first + BLOCK <= n) & ((grad | mode | tied | w | k | d) % 16 == 0):
+        _backward_block(
+            grad, mode, tied, refs_ptr, w, k, d, first, n, modes, W, P, MODE, HAS_TIED, WANT_W, WANT_K, WANT_D,
+            WIDE, V, BLOCK,
+        )  # fmt: skip
+    else:
+        _backward_block(
+            grad, mode, tied, refs_ptr, w, k, d, first, n, modes, W, P, MODE, HAS_TIED, WANT_W, WANT_K, WANT_D,
+            WIDE, 1, BLOCK,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -163,7 +199,7 @@ def affine_reconstruct_out(
         with torch.cuda.device_of(w):
             affine_reconstruct_fwd_kernel[(triton.cdiv(n, BLOCK),)](
                 w, out, k, d, mode, _bytes(tied, mode), refs, n, refs.numel(),
-                tied is not None, _wide(k), BLOCK, num_warps=4, enable_fp_fusion=False,
+                tied is not None, _wide(k), BLOCK, **LAUNCH,
             )  # fmt: skip
     return True
 
@@ -179,12 +215,11 @@ def affine_reconstruct_(
         sizes = [w[i].numel() for i in picked]
         if not sum(sizes):
             continue
-        aligned = all(pointer % 16 == 0 for row in rows for pointer in row)
         table = pointer_table(rows, sizes, BLOCK, refs.device)
         with torch.cuda.device_of(refs):
             affine_reconstruct_list_kernel[(table.shape[0],)](
                 table, refs, refs.numel(), TYPES[w[0].dtype], TYPES[refs.dtype], TYPES[mode_dtype],
-                bool(tied), _wide(refs), aligned, BLOCK, num_warps=4, enable_fp_fusion=False,
+                bool(tied), _wide(refs), BLOCK, **LAUNCH,
             )  # fmt: skip
     return 0
 
@@ -201,7 +236,7 @@ def affine_reconstruct_bwd_out(
         if any(want):
             affine_reconstruct_bwd_kernel[(triton.cdiv(n, BLOCK),)](
                 grad, mode, mask, refs, grad_w, grad_k, grad_d, n, modes,
-                tied is not None, *want, _wide(k), BLOCK, num_warps=4, enable_fp_fusion=False,
+                tied is not None, *want, _wide(k), BLOCK, **LAUNCH,
             )  # fmt: skip
         if grad_refs.numel():
             programs = max(1, min(SUM_PROGRAMS, SUM_PARTIALS // modes, triton.cdiv(n, SUM_BLOCK)))
@@ -223,13 +258,13 @@ def _aot() -> list[tuple]:
         pointers = {"mode_ptr": "*u8", "tied_ptr": "*u8", "refs_ptr": f"*{k}", "n": "i64", "modes": "i32"}
         forward = {"w_ptr": f"*{w}", "out_ptr": f"*{w}", "k_ptr": f"*{k}", "d_ptr": f"*{k}"}
         values = {"HAS_TIED": True, "WIDE": wide, "BLOCK": BLOCK}
-        cases.append((affine_reconstruct_fwd_kernel, forward | pointers, values))
-        types = {"W": getattr(tl, _NAMES[w]), "P": getattr(tl, _NAMES[k]), "MODE": tl.uint8, "ALIGNED": True}
+        cases.append((affine_reconstruct_fwd_kernel, forward | pointers, values, LAUNCH))
+        types = {"W": getattr(tl, _NAMES[w]), "P": getattr(tl, _NAMES[k]), "MODE": tl.uint8}
         table = {"table_ptr": "*i64", "refs_ptr": f"*{k}", "modes": "i32"}
-        cases.append((affine_reconstruct_list_kernel, table, types | values))
+        cases.append((affine_reconstruct_list_kernel, table, types | values, LAUNCH))
         grads = {"grad_ptr": f"*{w}", "grad_w_ptr": f"*{w}", "grad_k_ptr": f"*{k}", "grad_d_ptr": f"*{k}"}
         wants = {"WANT_W": True, "WANT_K": True, "WANT_D": True}
-        cases.append((affine_reconstruct_bwd_kernel, grads | pointers, wants | values))
+        cases.append((affine_reconstruct_bwd_kernel, grads | pointers, wants | values, LAUNCH))
         sums = {"grad_ptr": f"*{w}", "k_ptr": f"*{k}", "partial_ptr": "*fp64"} | pointers
         del sums["refs_ptr"]
         cases.append((affine_reconstruct_refs_kernel, sums, {**values, "MODES": MODES, "BLOCK": SUM_BLOCK}))
@@ -237,5 +272,5 @@ def _aot() -> list[tuple]:
 
 
 _NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"}
-# What a compilation ahead of time needs: kernel, argument types, compile-time values.
+# What a compilation ahead of time needs: kernel, argument types, compile-time values, options.
 AOT = _aot()

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .access import inside, pointer
 from .tables import pointer_table
 
 BLOCK = 2048
@@ -31,19 +32,40 @@ CODES = {
 
 
 @triton.jit
-def _average(slow_ptr, fast_ptr, first, n, alpha, WIDE: tl.constexpr, RESET: tl.constexpr, BLOCK: tl.constexpr):
+def _average(
+    slow, fast, first, n, alpha, SLOW: tl.constexpr, FAST: tl.constexpr, WIDE: tl.constexpr,
+    RESET: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    slow_ptr = pointer(slow, SLOW, V)
+    fast_ptr = pointer(fast, FAST, V)
     offsets = first + tl.arange(0, BLOCK)
-    mask = offsets < n
+    mask = inside(offsets, n, V)
     old = tl.load(slow_ptr + offsets, mask=mask, other=0.0).to(WIDE)
     new = tl.load(fast_ptr + offsets, mask=mask, other=0.0).to(WIDE)
-    value = (old + alpha.to(WIDE) * (new - old)).to(slow_ptr.dtype.element_ty)
+    value = (old + alpha.to(WIDE) * (new - old)).to(SLOW)
     tl.store(slow_ptr + offsets, value, mask=mask)
     if RESET:
-        tl.store(fast_ptr + offsets, value.to(fast_ptr.dtype.element_ty), mask=mask)
+        tl.store(fast_ptr + offsets, value.to(FAST), mask=mask)
 
 
 @triton.jit
-def sma_update_kernel(table_ptr, alpha_bits: tl.int64, RESET: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+def _block(slow, fast, first, n, alpha, code, RESET: tl.constexpr, VECTORS: tl.constexpr, BLOCK: tl.constexpr):
+    V: tl.constexpr = 4 if VECTORS else 1
+    V64: tl.constexpr = 2 if VECTORS else 1
+    if code == 0:
+        _average(slow, fast, first, n, alpha, tl.float32, tl.float32, tl.float32, RESET, V, BLOCK)
+    elif code == 1:
+        _average(slow, fast, first, n, alpha, tl.float32, tl.bfloat16, tl.float32, RESET, V, BLOCK)
+    elif code == 2:
+        _average(slow, fast, first, n, alpha, tl.float32, tl.float16, tl.float32, RESET, V, BLOCK)
+    elif code == 3:
+        _average(slow, fast, first, n, alpha, tl.float32, tl.float64, tl.float64, RESET, V64, BLOCK)
+    else:
+        _average(slow, fast, first, n, alpha, tl.float64, tl.float64, tl.float64, RESET, V64, BLOCK)
+
+
+@triton.jit
+def sma_update_kernel(table_ptr, alpha_bits: tl.int64, RESET: tl.constexpr, BLOCK: tl.constexpr):
     row = table_ptr + tl.program_id(0).to(tl.int64) * COLUMNS
     first = tl.multiple_of(tl.load(row), BLOCK)
     n = tl.load(row + 1)
@@ -51,21 +73,10 @@ def sma_update_kernel(table_ptr, alpha_bits: tl.int64, RESET: tl.constexpr, ALIG
     fast = tl.load(row + 3)
     code = tl.load(row + 4)
     alpha = tl.cast(alpha_bits.to(tl.int64), tl.float64, bitcast=True)  # a float argument would arrive in fp32
-    if ALIGNED:
-        slow = tl.multiple_of(slow, 16)
-        fast = tl.multiple_of(fast, 16)
-    slow32 = slow.to(tl.pointer_type(tl.float32))
-    if code == 0:
-        _average(slow32, fast.to(tl.pointer_type(tl.float32)), first, n, alpha, tl.float32, RESET, BLOCK)
-    elif code == 1:
-        _average(slow32, fast.to(tl.pointer_type(tl.bfloat16)), first, n, alpha, tl.float32, RESET, BLOCK)
-    elif code == 2:
-        _average(slow32, fast.to(tl.pointer_type(tl.float16)), first, n, alpha, tl.float32, RESET, BLOCK)
-    elif code == 3:
-        _average(slow32, fast.to(tl.pointer_type(tl.float64)), first, n, alpha, tl.float64, RESET, BLOCK)
+    if (first + BLOCK <= n) & ((slow | fast) % 16 == 0):
+        _block(slow, fast, first, n, alpha, code, RESET, True, BLOCK)
     else:
-        slow64 = slow.to(tl.pointer_type(tl.float64))
-        _average(slow64, fast.to(tl.pointer_type(tl.float64)), first, n, alpha, tl.float64, RESET, BLOCK)
+        _block(slow, fast, first, n, alpha, code, RESET, False, BLOCK)
 
 
 def sma_update_(slow: list[Tensor], fast: list[Tensor], alpha: float, reset: bool) -> bool:
@@ -74,11 +85,10 @@ def sma_update_(slow: list[Tensor], fast: list[Tensor], alpha: float, reset: boo
     sizes = [s.numel() for s in slow]
     if not sum(sizes):
         return True
-    aligned = all(s % 16 == 0 and f % 16 == 0 for s, f, _ in rows)
     table = pointer_table(rows, sizes, BLOCK, slow[0].device)
     bits = struct.unpack("<q", struct.pack("<d", alpha))[0]
     with torch.cuda.device_of(slow[0]):
-        sma_update_kernel[(table.shape[0],)](table, bits, reset, aligned, BLOCK, num_warps=4, enable_fp_fusion=False)
+        sma_update_kernel[(table.shape[0],)](table, bits, reset, BLOCK, num_warps=4, enable_fp_fusion=False)
     return True
 
 
@@ -87,8 +97,7 @@ AOT = [
     (
         sma_update_kernel,
         {"table_ptr": "*i64", "alpha_bits": "i64"},
-        {"RESET": reset, "ALIGNED": aligned, "BLOCK": BLOCK},
+        {"RESET": reset, "BLOCK": BLOCK},
     )
     for reset in (True, False)
-    for aligned in (True, False)
 ]

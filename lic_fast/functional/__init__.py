@@ -1,5 +1,14 @@
 """The public stateless API."""
 
 from .parameters import affine_reconstruct, affine_reconstruct_, sma_update_
+from .preconditioning import adam_update_, refresh_eigenbasis, rotate_moments_, soap_update_
 
-__all__ = ["affine_reconstruct", "affine_reconstruct_", "sma_update_"]
+__all__ = [
+    "adam_update_",
+    "affine_reconstruct",
+    "affine_reconstruct_",
+    "refresh_eigenbasis",
+    "rotate_moments_",
+    "sma_update_",
+    "soap_update_",
+]

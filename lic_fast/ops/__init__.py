@@ -1,5 +1,5 @@
 """One op a module: schema, fake, table of implementations, autograd. Importing it defines the ops."""
 
-from . import affine_reconstruct, sma_update
+from . import adam_update, affine_reconstruct, refresh_eigenbasis, rotate_moments, sma_update, soap_update
 
-__all__ = ["affine_reconstruct", "sma_update"]
+__all__ = ["adam_update", "affine_reconstruct", "refresh_eigenbasis", "rotate_moments", "sma_update", "soap_update"]
