@@ -1,4 +1,4 @@
-"""The command line: lic-fast doctor | build | bench | train | evaluate | compress | decompress."""
+"""The command line: lic-fast doctor | build | bench | train | evaluate | compress | decompress | diagnostics."""
 
 from __future__ import annotations
 
@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_evaluate_parser(subparsers)
     commands.add_compress_parser(subparsers)
     commands.add_decompress_parser(subparsers)
+    commands.add_diagnostics_parser(subparsers)
     return parser
 
 

@@ -115,13 +115,17 @@ def kill_at(config: TrainConfig, step: int) -> int:
     return len(files.read_log(log))
 
 
-@pytest.mark.parametrize("sma", [False, True], ids=["adam", "sma"])
-def test_kill_and_resume_equals_never_stopping(tmp_path: Path, photos: Path, sma: bool) -> None:
-    if sma:
-        optim = pytest.importorskip("lic_fast.optim")
-        if not hasattr(optim, "SMA"):
-            pytest.skip("lic_fast.optim has no SMA")
-    whole, broken = tiny(tmp_path / "whole", photos, sma=sma), tiny(tmp_path / "broken", photos, sma=sma)
+METHODS = {
+    "adam": {},
+    "sma": {"sma": True},
+    "soap": {"optimizer": "soap"},
+    "soap-sma-diagnose": {"optimizer": "soap", "sma": True, "diagnose": 3},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_kill_and_resume_equals_never_stopping(tmp_path: Path, photos: Path, method: str) -> None:
+    whole, broken = (tiny(tmp_path / name, photos, **METHODS[method]) for name in ("whole", "broken"))
     expected = train(whole)
     step = random.SystemRandom().randint(1, STEPS - 5)
     logged = kill_at(broken, step)
@@ -131,8 +135,11 @@ def test_kill_and_resume_equals_never_stopping(tmp_path: Path, photos: Path, sma
     assert log_without_timings(Path(broken.output)) == log_without_timings(Path(whole.output)), (step, saved)
     assert result.final_loss == expected.final_loss
     ends = [load_checkpoint(Path(run.output) / "checkpoint.pt", "test") for run in (whole, broken)]
-    for name in ("model", "slow", "optimizer", "aux_optimizer", "scheduler", "progress", "rng"):
+    for name in ("model", "slow", "optimizer", "aux_optimizer", "scheduler", "progress", "rng", "diagnostics"):
         assert same(ends[0][name], ends[1][name]), name
+    scores = [Path(run.output) / "diagnostics.csv" for run in (whole, broken)]
+    assert all(path.is_file() == ("diagnose" in METHODS[method]) for path in scores)
+    assert "diagnose" not in METHODS[method] or scores[0].read_bytes() == scores[1].read_bytes()
 
 
 def test_a_run_may_be_lengthened_while_the_learning_rate_falls(tmp_path: Path, photos: Path, monkeypatch) -> None:

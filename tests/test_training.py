@@ -21,7 +21,15 @@ pytest.importorskip("compressai")
 pytest.importorskip("matplotlib")
 image_module = pytest.importorskip("PIL.Image")
 
-from lic_fast.training import RateDistortionLoss, TrainConfig, TrainingError, commands, files, loop, train  # noqa: E402
+from lic_fast.training import (  # noqa: E402
+    RateDistortionLoss,
+    TrainConfig,
+    TrainingError,
+    commands,
+    files,
+    loop,
+    train,
+)
 from lic_fast.training.data import open_photos  # noqa: E402
 
 

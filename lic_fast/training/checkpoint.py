@@ -10,6 +10,7 @@ A dictionary of tensors, numbers, strings, lists and dictionaries; torch.load(we
     progress            step, epoch, position in the epoch, sums of the epoch, best, skipped
     rng                 cpu and cuda generator states
     versions            torch, compressai
+    diagnostics         the last update, or None without --diagnose (older checkpoints lack it)
 """
 
 from __future__ import annotations

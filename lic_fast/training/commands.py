@@ -1,4 +1,4 @@
-"""lic-fast train, evaluate, compress, decompress: their options, and what they print.
+"""lic-fast train, evaluate, compress, decompress, diagnostics: their options, and what they print.
 
 Imports argparse and the plain config only; torch and CompressAI come with the command that runs.
 """
@@ -83,8 +83,8 @@ def _add_method_options(option: Any) -> None:
     lambdas = ", ".join(f"{value:g}" for value in LAMBDAS)
     option("--lmbda", f"weight of the distortion; the usual ones are {lambdas}; any positive number", type=float)
     option("--channels", "sizes other than the model's own", type=_channels, metavar="N[,M]")
-    option("--optimizer", "adam or adam-fused", metavar="NAME")
-    option("--lr", "learning rate", type=float)
+    option("--optimizer", "adam, adam-fused or soap", metavar="NAME")
+    option("--lr", "learning rate; about 3e-3 suits soap", type=float)
     option("--aux-lr", "learning rate of the quantiles (Adam on the auxiliary loss)", type=float)
     option("--clip", "largest norm of the gradient; 0 is off", type=float)
     option("--patience", "epochs without progress before the learning rate falls", type=int, metavar="EPOCHS")
@@ -108,6 +108,15 @@ def _add_machine_options(option: Any) -> None:
     option("--compile", "torch.compile the model", action="store_true")
     option("--workers", "processes that read photographs; 0 reads in this one", type=int, metavar="N")
     option("--checkpoint-every", "save also after so many steps, not only each epoch", type=int, metavar="STEPS")
+    option(
+        "--diagnose",
+        "write diagnostics.csv and diagnostics.png: whether the gradients of rate and distortion agree (every so many "
+        "steps, 10 if not said; two more backward passes), and each update with the one before; 0 is off",
+        type=int,
+        nargs="?",
+        const=10,
+        metavar="EVERY",
+    )
     option("--quiet", "no progress bar", action="store_true")
 
 
@@ -127,7 +136,7 @@ def run_train(args: argparse.Namespace) -> int:
 
 
 def _print_summary(summary: dict[str, Any]) -> None:
-    memory = summary["peak_memory_bytes"]
+    memory, left_out = summary["peak_memory_bytes"], summary["optimizer_skipped"]
     step, update = 1e3 * summary["step_seconds"], 1e3 * summary["optimizer_seconds"]
     lines = {
         "model": summary["model"],
@@ -137,6 +146,7 @@ def _print_summary(summary: dict[str, Any]) -> None:
         "time": f"{summary['seconds']:.1f} s",
         "a step": f"{step:.1f} ms, {update:.2f} ms of it the optimizers (medians, without data loading)",
         "peak memory": "unknown" if memory is None else f"{memory / 2**20:.0f} MiB",
+        **({"left out": f"{left_out} updates of single parameters, by the optimizer"} if left_out else {}),
         "broken images": str(summary["broken_images"]),
         "written to": summary["output"],
     }
@@ -250,4 +260,24 @@ def run_decompress(args: argparse.Namespace) -> int:
     optional_import("PIL.Image").fromarray(pixels).save(buffer, format="PNG")
     atomic_write(Path(args.out), buffer.getvalue())
     print(f"{args.out}: {stream.width}x{stream.height} from {len(data)} bytes")
+    return 0
+
+
+def add_diagnostics_parser(subparsers: Any) -> None:
+    """Add `diagnostics` to the subparsers of lic-fast."""
+    parser = subparsers.add_parser(
+        "diagnostics",
+        help="lay the gradient conflicts of runs over one another",
+        description="Draw the scores of runs trained with --diagnose in one picture, and print their means.",
+    )
+    parser.add_argument("folders", nargs="+", metavar="RUN", help="the --output of lic-fast train --diagnose")
+    parser.add_argument("--output", required=True, metavar="PNG", help="picture to write")
+    parser.set_defaults(run=run_diagnostics)
+
+
+def run_diagnostics(args: argparse.Namespace) -> int:
+    """Draw, and print the table. Raises TrainingError."""
+    from lic_fast.training.diagnostics import compare
+
+    print(compare(args.folders, args.output))
     return 0

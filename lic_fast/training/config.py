@@ -11,7 +11,7 @@ DEFAULT_EPOCHS = 80
 
 # What may differ between a run and its resumption: none of these changes a batch, a loss or an update.
 FREE_ON_RESUME = frozenset(
-    "data val output steps epochs workers device checkpoint_every max_nonfinite resume quiet backend".split()
+    "data val output steps epochs workers device checkpoint_every max_nonfinite diagnose resume quiet backend".split()
 )
 
 
@@ -53,6 +53,7 @@ class TrainConfig:
     lr_factor: float = 0.5
     max_nonfinite: int = 10
     backend: str = "auto"
+    diagnose: int = 0
     resume: bool = False
     quiet: bool = False
 
@@ -69,6 +70,7 @@ class TrainConfig:
             self._check(name, math.isfinite(value) and value > 0, "a positive number")
         self._check("clip", math.isfinite(self.clip) and self.clip >= 0, "0 (off) or a positive number")
         self._check("workers", self.workers >= 0, "0 or more")
+        self._check("diagnose", int(self.diagnose) == self.diagnose >= 0, "0 (off) or a number of steps")
         self._check("patience", self.patience >= 0, "0 or more")
         self._check("seed", 0 <= self.seed < 2**63, "between 0 and 2**63 - 1")
         self._check("lr_factor", 0 < self.lr_factor < 1, "between 0 and 1")
@@ -78,6 +80,10 @@ class TrainConfig:
         self._check("amp", self.amp in ("off", "bf16"), "off or bf16")
         if self.steps is not None and self.epochs is not None:
             raise ValueError(f"train: steps and epochs are both given, got {self.steps} and {self.epochs}; give one")
+        if self.diagnose and self.compile:
+            raise ValueError(
+                "train: diagnose needs a graph that torch.compile does not keep, got both; run without --compile"
+            )
 
     def _check(self, name: str, good: bool, wanted: str) -> None:
         if not good:

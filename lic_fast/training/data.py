@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import hashlib
+import logging
 import math
 import os
 import struct
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lic_fast.training.config import TrainConfig
 from lic_fast.training.errors import TrainingError, optional_import
 
 # The natural colour photographs that scikit-image carries inside its wheel: no download.
@@ -25,6 +27,7 @@ _MAX_HELD_OUT = 256
 _EXTERNAL_FORMATS = {"EPS", "WMF"}  # decoded by another program
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, struct.error, zlib.error)
 _ORDER, _CROP = 1, 2  # streams of the counter-based generator
+_logger = logging.getLogger("lic_fast.training")
 
 
 def draws(seed: int, stream: int, epoch: int, slot: int, count: int) -> list[int]:
@@ -176,6 +179,21 @@ def split_photos(photos: Photos) -> tuple[Photos, Photos | None]:
     held = set(range(step - 1, len(photos), step))
     kept = [i for i in range(len(photos)) if i not in held]
     return photos.subset(kept), photos.subset(sorted(held))
+
+
+def open_run(config: TrainConfig) -> tuple[Photos, Photos | None, list[tuple[str, str]]]:
+    """(training photographs, held-out ones or None, broken files of both folders); warns of the last."""
+    photos = open_photos(config.data, "train")
+    broken = photos.broken
+    if config.val is None:
+        kept, held = split_photos(photos)
+    else:
+        kept, held = photos, open_photos(config.val, "train")
+        broken = broken + held.broken
+    for opened in (photos, held):
+        if opened is not None and opened.warning():
+            _logger.warning("train: %s", opened.warning())
+    return kept, held, broken
 
 
 def mirrored(pixels, least: int):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from lic_fast.training.errors import TrainingError
@@ -73,17 +74,17 @@ def _write_all(file: io.RawIOBase, data: bytes) -> None:
 
 
 class Log:
-    """log.csv: one row a step, on disk (though not synced) before the next step begins.
+    """log.csv, or another with `columns`: one row a step, on disk (though not synced) before the next step begins.
 
     Opening with `keep_until` drops the rows after that step, whole or half written, and goes on from there.
     Raises TrainingError where a row cannot be written.
     """
 
-    def __init__(self, path: Path, keep_until: int | None = None) -> None:
-        self.path = path
+    def __init__(self, path: Path, keep_until: int | None = None, columns: Sequence[str] = COLUMNS) -> None:
+        self.path, self.columns = path, columns
         rows = [] if keep_until is None else [row for row in read_log(path) if int(row["step"]) <= keep_until]
         text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         atomic_write(path, text.getvalue().encode())
@@ -92,9 +93,10 @@ class Log:
         except OSError as error:
             raise _cannot_write(path, error) from error
 
-    def write(self, row: dict[str, float | int]) -> None:
-        """Append `row`; floats carry the 9 digits that identify an fp32 value."""
-        cells = (f"{value:.9g}" if isinstance(value, float) else str(value) for value in map(row.get, COLUMNS))
+    def write(self, row: dict[str, float | int | None]) -> None:
+        """Append `row`; floats carry the 9 digits that identify an fp32 value, None is an empty cell."""
+        values = ("" if value is None else value for value in map(row.get, self.columns))
+        cells = (f"{value:.9g}" if isinstance(value, float) else str(value) for value in values)
         try:
             _write_all(self._file, (",".join(cells) + "\n").encode())
         except OSError as error:

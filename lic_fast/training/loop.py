@@ -18,7 +18,8 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from lic_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from lic_fast.training.config import DEFAULT_EPOCHS, TrainConfig, first_difference, from_dict
-from lic_fast.training.data import Photos, RandomCrops, Schedule, central_crops, open_photos, split_photos
+from lic_fast.training.data import RandomCrops, Schedule, central_crops, open_run
+from lic_fast.training.diagnostics import COLUMNS, FILE, PICTURE, Diagnostics
 from lic_fast.training.errors import TrainingError, optional_import
 from lic_fast.training.files import Log, atomic_write, make_folder, read_log
 from lic_fast.training.loss import RateDistortionLoss
@@ -30,8 +31,8 @@ from lic_fast.training.models import (
     resolve_device,
     split_parameters,
 )
-from lic_fast.training.optimizers import build_optimizer
-from lic_fast.training.plots import plot_training
+from lic_fast.training.optimizers import build_optimizer, insisted_backend, slow_weights, unwrapped
+from lic_fast.training.plots import plot_diagnostics, plot_training
 from lic_fast.training.precision import keep_entropy_fp32
 from lic_fast.training.report import CHECKPOINT, CONFIG, LOG, PLOT, TrainResult, sum_up, versions
 
@@ -75,24 +76,8 @@ def train(config: TrainConfig) -> TrainResult:
             raise TrainingError(
                 f"train: {output} already holds a run ({held[0]}); go on with --resume or choose another --output"
             )
-    with _backend(config):
+    with insisted_backend(config):
         return _run(config, saved)
-
-
-@contextlib.contextmanager
-def _backend(config: TrainConfig) -> Iterator[None]:
-    """Every op of the run in `config.backend`. Raises BackendError where it cannot run here."""
-    if config.backend == "auto":
-        yield
-        return
-    from lic_fast import BackendError, explain, use_backend
-
-    with use_backend(config.backend):
-        told = explain("sma_update_", resolve_device(config.device, "train"))
-        if told.chosen is None:
-            reason = told.reasons[config.backend]
-            raise BackendError(f"train: backend {config.backend!r} was asked for and cannot run: {reason}")
-        yield
 
 
 def _run(config: TrainConfig, saved: dict[str, Any] | None) -> TrainResult:
@@ -137,7 +122,7 @@ class Trainer:
         self.config = config
         self.output = Path(config.output)
         self.device = resolve_device(config.device, "train")
-        self.photos, self.held_out, self.broken = _open_data(config)
+        self.photos, self.held_out, self.broken = open_run(config)
         self.schedule = Schedule(len(self.photos), config.batch_size, config.min_epoch_steps, config.seed)
         self.total_steps = config.steps or (config.epochs or DEFAULT_EPOCHS) * self.schedule.steps_per_epoch
         torch.manual_seed(config.seed)
@@ -149,12 +134,13 @@ class Trainer:
         self.forward = torch.compile(self.model) if config.compile else self.model
         self.criterion = RateDistortionLoss(config.lmbda)
         main, quantiles = split_parameters(self.model)
-        self.main_names, self.main = [name for name, _ in main], [parameter for _, parameter in main]
-        self.optimizer = build_optimizer(self.main, config)
+        self.names, self.main = {parameter: name for name, parameter in main}, [parameter for _, parameter in main]
+        self.optimizer = build_optimizer(self.model, config)
         self.aux_optimizer = torch.optim.Adam([parameter for _, parameter in quantiles], lr=config.aux_lr)
         self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
             self.optimizer, factor=config.lr_factor, patience=config.patience
         )
+        self.diagnostics = Diagnostics(self.optimizer, self.main, config.diagnose) if config.diagnose else None
         self.progress = Progress()
         self._saved_step = -1
 
@@ -166,24 +152,38 @@ class Trainer:
         if not resuming:
             self._save()
         self._write_config()
-        log = Log(self.output / LOG, keep_until=self.progress.step if resuming else None)
-        with contextlib.closing(log), self._bar() as bar:
+        with contextlib.ExitStack() as stack:
+            logs = [stack.enter_context(contextlib.closing(log)) for log in self._logs(resuming)]
+            bar = stack.enter_context(self._bar())
             batches = self._batches()
             while self.progress.step < self.total_steps:
                 asked = time.perf_counter()
                 row = self._step(next(batches))
-                log.write(row)
+                for log in logs:
+                    log.write(row)
                 self._show(bar, row, self.config.batch_size / (time.perf_counter() - asked))
                 if self.progress.skipped_in_a_row >= self.config.max_nonfinite:
                     self._give_up()
                 self._after_step()
         if self._saved_step != self.progress.step:
             self._save()
-        plot_training(read_log(self.output / LOG), self.output / PLOT, self._title())
+        self._plot()
         seconds = time.perf_counter() - started
-        return sum_up(self.config, dataclasses.asdict(self.progress), len(self.broken), self.device, seconds)
+        skipped = getattr(unwrapped(self.optimizer), "skipped_steps", 0)
+        progress = dataclasses.asdict(self.progress)
+        return sum_up(self.config, progress, len(self.broken), self.device, seconds, skipped)
 
-    def _step(self, batch: Tensor) -> dict[str, float | int]:
+    def _logs(self, resuming: bool) -> list[Log]:
+        keep = self.progress.step if resuming else None
+        scores = [Log(self.output / FILE, keep, COLUMNS)] if self.diagnostics is not None else []
+        return [Log(self.output / LOG, keep), *scores]
+
+    def _plot(self) -> None:
+        plot_training(read_log(self.output / LOG), self.output / PLOT, self._title())
+        if self.diagnostics is not None:
+            plot_diagnostics({"scores": read_log(self.output / FILE)}, self.output / PICTURE, self._title())
+
+    def _step(self, batch: Tensor) -> dict[str, float | int | None]:
         """One update of weights and quantiles; none of either where a term or a gradient is not finite.
 
         The quantiles follow the auxiliary loss alone: what the main loss sends them is dropped.
@@ -194,6 +194,7 @@ class Trainer:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.amp == "bf16"):
             output = self.forward(x)
         terms = self.criterion(output, x, self.model.aux_loss())
+        began += self._measure_conflict(terms)
         terms["loss"].backward()
         self.aux_optimizer.zero_grad(set_to_none=True)
         terms["aux"].backward()
@@ -213,7 +214,18 @@ class Trainer:
         self.progress.position += 1
         times = {"step_seconds": ended - began, "optimizer_seconds": ended - stepping}
         place = {"step": self.progress.step, "epoch": self.progress.epoch}
-        return {**place, **row, "lr": lr, **times, "skipped": int(bool(bad))}
+        scores = {} if self.diagnostics is None else self.diagnostics.after_update()
+        return {**place, **row, "lr": lr, **times, "skipped": int(bool(bad)), **scores}
+
+    def _measure_conflict(self, terms: dict[str, Tensor]) -> float:
+        """The seconds that --diagnose takes of a step before its update, and that are not the step's own."""
+        if self.diagnostics is None:
+            return 0.0
+        self._wait()
+        began = time.perf_counter()
+        self.diagnostics.before_update(terms["bpp"], terms["distortion"], self.progress.step + 1)
+        self._wait()
+        return time.perf_counter() - began
 
     def _update(self, norm: Tensor, loss: float) -> None:
         if self.config.clip > 0:
@@ -258,7 +270,7 @@ class Trainer:
         progress.epoch, progress.position = progress.epoch + 1, 0
         progress.loss_sum, progress.loss_count = 0.0, 0
         self._save()
-        plot_training(read_log(self.output / LOG), self.output / PLOT, self._title())
+        self._plot()
 
     @torch.no_grad()
     def _validation_loss(self) -> float:
@@ -305,9 +317,8 @@ class Trainer:
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
             _logger.warning("train: the weights at step %d are not finite; no checkpoint written", self.progress.step)
             return
-        slow = None
-        if self.config.sma:  # the tensors that SMA's state holds too; the file stores them once
-            slow = dict(zip(self.main_names, self.optimizer.slow_weights(), strict=True))
+        # the tensors that SMA's state holds too; the file stores them once
+        slow = slow_weights(self.optimizer, self.names) if self.config.sma else None
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         contents = {
             "config": self.config.as_dict(),
@@ -320,6 +331,7 @@ class Trainer:
             "progress": dataclasses.asdict(self.progress),
             "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
             "versions": versions(),
+            "diagnostics": None if self.diagnostics is None else self.diagnostics.state_dict(),
         }
         save_checkpoint(self.output / CHECKPOINT, contents)
         self._saved_step = self.progress.step
@@ -335,6 +347,8 @@ class Trainer:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.aux_optimizer.load_state_dict(saved["aux_optimizer"])
         self.scheduler.load_state_dict(saved["scheduler"])
+        if self.diagnostics is not None and saved.get("diagnostics"):
+            self.diagnostics.load_state_dict(saved["diagnostics"])
         self.progress = Progress(**saved["progress"])
         torch.set_rng_state(saved["rng"]["cpu"])
         if self.device.type == "cuda" and saved["rng"]["cuda"] is not None:
@@ -377,18 +391,3 @@ class Trainer:
             refresh=False,
         )
         bar.update()
-
-
-def _open_data(config: TrainConfig) -> tuple[Photos, Photos | None, list[tuple[str, str]]]:
-    """(training photographs, held-out ones or None, broken files of both folders); warns of the last."""
-    photos = open_photos(config.data, "train")
-    broken = photos.broken
-    if config.val is None:
-        kept, held = split_photos(photos)
-    else:
-        kept, held = photos, open_photos(config.val, "train")
-        broken = broken + held.broken
-    for opened in (photos, held):
-        if opened is not None and opened.warning():
-            _logger.warning("train: %s", opened.warning())
-    return kept, held, broken

@@ -11,8 +11,9 @@ class RateDistortionLoss(nn.Module):
 
     forward(output, target, aux): output as CompressAI's models give it (x_hat [B, 3, H, W], likelihoods: a
     dict of tensors of any shape), target [B, 3, H, W] in [0, 1]; aux a scalar that is passed through. All
-    fp32. Returns scalars: loss, bpp (bits a pixel), mse (of [0, 1] values), psnr (dB), aux. Source: Balle et
-    al. 2018, eq. 4-5, with the scaling of the distortion that CompressAI's lambdas assume.
+    fp32. Returns scalars: loss, bpp (bits a pixel), distortion (the other term), mse (of [0, 1] values), psnr
+    (dB), aux. Source: Balle et al. 2018, eq. 4-5, with the scaling of the distortion that CompressAI's lambdas
+    assume.
     """
 
     def __init__(self, lmbda: float) -> None:
@@ -24,5 +25,6 @@ class RateDistortionLoss(nn.Module):
         bits = [-likelihood.float().log2().sum() for likelihood in output["likelihoods"].values()]
         bpp = torch.stack(bits).sum() / pixels
         mse = (output["x_hat"].float() - target).square().mean()
-        loss = self.lmbda * 255**2 * mse + bpp
-        return {"loss": loss, "bpp": bpp, "mse": mse, "psnr": -10 * mse.detach().log10(), "aux": aux}
+        distortion = self.lmbda * 255**2 * mse
+        psnr = -10 * mse.detach().log10()
+        return {"loss": distortion + bpp, "bpp": bpp, "distortion": distortion, "mse": mse, "psnr": psnr, "aux": aux}

@@ -104,7 +104,7 @@ def split_parameters(
     """(the weights the rate-distortion loss trains, the quantiles the auxiliary loss trains), with names."""
     main, quantiles = [], []
     for name, parameter in model.named_parameters():
-        (quantiles if name.endswith("quantiles") else main).append((name, parameter))
+        (quantiles if name.rpartition(".")[2] == "quantiles" else main).append((name, parameter))
     return main, quantiles
 
 

@@ -16,6 +16,11 @@ _PANELS = (
     ("bpp", "rate [bits / pixel]", "#d95f02"),
     ("psnr", "PSNR [dB]", "#2a9d5c"),
 )
+_SCORES = (
+    ("s_intra", "S_intra: rate and distortion"),
+    ("s_intra_shared", "S_intra, shared parameters"),
+    ("s_inter", "S_inter: successive updates"),
+)
 
 
 def _figure(width: float, height: float):
@@ -97,4 +102,29 @@ def plot_evaluation(points: list[tuple[float, float]], mean: tuple[float, float]
     axis.margins(0.12)
     axis.legend(frameon=False, loc="best")
     _style(axis)
+    _write(figure, path)
+
+
+def plot_diagnostics(runs: dict[str, list[dict[str, str]]], path: Path, title: str) -> None:
+    """The scores of each run over the steps, faint, and their trailing medians. Raises TrainingError (disk)."""
+    figure = _figure(7.5, 8.0)
+    axes = figure.subplots(3, 1, sharex=True)
+    for axis, (name, label) in zip(axes, _SCORES, strict=True):
+        for number, (run, rows) in enumerate(runs.items()):
+            points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
+            stride = max(1, len(points) // _POINTS)
+            chunks = [points[i : i + stride] for i in range(0, len(points), stride)]
+            steps = [chunk[-1][0] for chunk in chunks]
+            values = [statistics.fmean(value for _, value in chunk) for chunk in chunks]
+            colour = f"C{number}"
+            axis.plot(steps, values, color=colour, alpha=0.2, linewidth=0.7)
+            smooth = _smoothed(values, max(1, len(chunks) // 20))
+            axis.plot(steps, smooth, color=colour, linewidth=1.8, label=run, marker="." if len(steps) == 1 else None)
+        axis.axhline(0, color="#555555", linewidth=0.8)
+        axis.set_ylabel(label)
+        _style(axis)
+    if len(runs) > 1:
+        axes[0].legend(frameon=False, fontsize=8)
+    axes[-1].set_xlabel("step")
+    axes[0].set_title(title, fontsize=10)
     _write(figure, path)

@@ -24,7 +24,7 @@ class TrainResult:
     """What a run came to. final_*: means over the last tenth of its steps, skipped ones left out;
     step_seconds and optimizer_seconds: medians (data loading left out of both); seconds: wall time of this
     call; peak_memory_bytes: of the CUDA allocator, or else of the whole process (None where the system does
-    not tell).
+    not tell); optimizer_skipped: updates of single parameters that the optimizer itself left out (SOAP).
     """
 
     output: str
@@ -40,6 +40,7 @@ class TrainResult:
     peak_memory_bytes: int | None
     skipped: int
     broken_images: int
+    optimizer_skipped: int = 0
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -48,7 +49,12 @@ class TrainResult:
 
 
 def sum_up(
-    config: TrainConfig, progress: dict[str, Any], broken: int, device: torch.device, seconds: float
+    config: TrainConfig,
+    progress: dict[str, Any],
+    broken: int,
+    device: torch.device,
+    seconds: float,
+    optimizer_skipped: int = 0,
 ) -> TrainResult:
     """The result of the run that wrote log.csv in `config.output` and stands at `progress`."""
     rows = read_log(Path(config.output) / LOG)
@@ -67,6 +73,7 @@ def sum_up(
         peak_memory_bytes=_peak_memory(device),
         skipped=progress["skipped"],
         broken_images=broken,
+        optimizer_skipped=optimizer_skipped,
     )
 
 
