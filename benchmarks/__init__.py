@@ -1,10 +1,12 @@
 """Benchmarks on the tensors of real models: `python -m lic_fast.benchmarks [op ...]`.
 
-Every op is one module with `groups(settings)`; its rows are appended to results/<op>.csv.
+Every op is one module with `groups(settings)`; its rows are appended to results/<op>.csv. What is no single op is
+one module with `comparisons(settings)`.
 """
 
 from __future__ import annotations
 
-OPS = ("affine_reconstruct", "sma_update")
+OPS = ("affine_reconstruct", "sma_update", "adam_update", "soap_update", "refresh_eigenbasis", "rotate_moments")
+WHOLE = ("soap",)
 
-__all__ = ["OPS"]
+__all__ = ["OPS", "WHOLE"]

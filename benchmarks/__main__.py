@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from . import OPS, parameters
+from . import OPS, WHOLE, parameters
 from ._contenders import DTYPES
 from ._harness import Settings, run_group
 from ._rows import RowsError, append, default_output, rows, table
@@ -25,7 +25,7 @@ def _parser(models: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m lic_fast.benchmarks",
         description="Times lic_fast beside its peers on real models' tensors, after checking every result.",
-        epilog=f"ops: {', '.join(OPS)}",
+        epilog=f"ops: {', '.join((*OPS, *WHOLE))}; or `convergence`, with options of its own: steps to a loss",
     )
     parser.add_argument("ops", nargs="*", metavar="op", help="what to time (default: every op)")
     parser.add_argument("--list", action="store_true", help="list the ops and stop")
@@ -33,7 +33,7 @@ def _parser(models: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--models", nargs="+", choices=models, metavar="MODEL", help=", ".join(models))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32"], help="default: fp32")
     parser.add_argument("--device", default=None, help="cpu or cuda (default: cuda where there is one)")
-    parser.add_argument("--repeats", type=int, default=None, help=f"30; with --quick {_QUICK_REPEATS}")
+    parser.add_argument("--repeats", type=int, default=None, help=f"30; with --quick {_QUICK_REPEATS}; soap: steps")
     parser.add_argument("--threads", type=int, default=None, help="default: as many as PyTorch has")
     parser.add_argument("--tied", nargs="+", type=int, default=[50], help="percent, affine_reconstruct only")
     parser.add_argument("--quick", action="store_true", help=f"{models[0]}, {_QUICK_REPEATS} repeats; for CI")
@@ -45,9 +45,9 @@ def _parser(models: Sequence[str]) -> argparse.ArgumentParser:
 def _complaint(options: argparse.Namespace) -> str | None:
     """What is wrong with the options, in one line, or None."""
     options.ops = [op.rstrip("_") for op in options.ops]  # the name of a function in place is taken too
-    unknown = [op for op in options.ops if op not in OPS]
+    unknown = [op for op in options.ops if op not in (*OPS, *WHOLE)]
     if unknown:
-        return f"unknown op, got {unknown[0]!r}; use one of {', '.join(OPS)}"
+        return f"unknown op, got {unknown[0]!r}; use one of {', '.join((*OPS, *WHOLE))}"
     for name in ("repeats", "threads", "ceiling_mib"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -80,16 +80,25 @@ def _module(name: str) -> ModuleType:
     return importlib.import_module(f"{__package__}.{name}")
 
 
+def _comparisons(op: str, settings: Settings) -> Iterator[tuple[list[dict[str, str]], str, int]]:
+    """(rows, the same as text, how many results were refused) of each interleaved run."""
+    if op in WHOLE:
+        yield from _module(op).comparisons(settings)
+        return
+    for group in _module(op).groups(settings):
+        outcome = run_group(group, settings)
+        yield rows(group, outcome), table(group, outcome), len(outcome.refused)
+        del group, outcome
+
+
 def _run(ops: Sequence[str], settings: Settings) -> int:
     refused = 0
     for op in ops:
         path = settings.output / f"{op}.csv"
-        for group in _module(op).groups(settings):
-            outcome = run_group(group, settings)
-            append(path, rows(group, outcome))
-            print(table(group, outcome), end="\n\n", flush=True)
-            refused += len(outcome.refused)
-            del group, outcome
+        for new, text, wrong in _comparisons(op, settings):
+            append(path, new)
+            print(text, end="\n\n", flush=True)
+            refused += wrong
         if path.is_file():
             print(f"rows: {path}")
     if refused:
@@ -111,13 +120,15 @@ def main(argv: Sequence[str], models: Mapping[str, Callable[[], Sequence[Tensor]
 
     models: name -> function that returns fp32 tensors, instead of the real ones.
     """
+    if list(argv[:1]) == ["convergence"]:
+        return int(_module("convergence").main(argv[1:]))
     models = models or parameters.MODELS
     options = _parser(list(models)).parse_args(argv)
     complaint = _complaint(options)
     if complaint is not None:
         print(f"benchmarks: {complaint}", file=sys.stderr)
         return 2
-    ops = options.ops or list(OPS)
+    ops = options.ops or [*OPS, *WHOLE]
     if options.list:
         for op in ops:
             print(f"{op:20} {(_module(op).__doc__ or '').splitlines()[0]}")

@@ -216,7 +216,8 @@ def ceiling_case(device: torch.device, mib: int) -> Case:
 
 
 @contextmanager
-def _collector_off() -> Iterator[None]:
+def collector_off() -> Iterator[None]:
+    """Within the block Python's garbage collector does not run."""
     was_on = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -236,7 +237,7 @@ def measure(
 ) -> dict[str, list[float]]:
     """Milliseconds by backend: every repetition runs each case once, in turn, with cold caches."""
     samples: dict[str, list[float]] = {case.backend: [] for case in cases}
-    with _collector_off():
+    with collector_off():
         for repeat in range(-warmup, repeats):
             for case in cases:
                 case.prepare()

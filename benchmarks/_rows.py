@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -22,6 +23,13 @@ COLUMNS = (
     *("python", "torch", "triton", "lic_fast", "compiler", "commit", "utc"),
     *("median_ms", "p20_ms", "p80_ms", "gbps", "ceiling_gbps", "fraction", "repeats", "bytes", "flops"),
 )
+# Columns that the rows of a whole optimizer have besides; ms and counts are those of a step.
+FURTHER = {
+    "soap": (
+        *("period_ms", "refresh_ms", "slowest_ms", "cpu_ms", "refreshes", "gflops", "period_gflops", "refresh_flops"),
+        *("state_bytes", "ops", "refresh_ops", "launches", "refresh_launches", "chosen"),
+    )
+}
 _HERE = Path(__file__).resolve().parent
 
 
@@ -80,24 +88,39 @@ def default_output() -> Path:
     return results if in_checkout() and os.access(results, os.W_OK) else Path("lic_fast_results")
 
 
+def now() -> str:
+    """The time of day, UTC."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def columns_of(path: Path) -> tuple[str, ...]:
+    """The columns of a file of rows, which depend on its name."""
+    return (*COLUMNS, *FURTHER.get(path.stem, ()))
+
+
 def rows(group: Group, outcome: Outcome) -> list[dict[str, str]]:
     """One row a result; the rows of one group share their time."""
-    shared = {
-        "op": group.op,
-        "case": group.case,
-        "inputs": group.inputs,
-        "dtype": group.dtype,
-        "device": device_name(group.device),
+    same = shared(group.op, group.case, group.inputs, group.dtype, group.device)
+    return [{**same, **_measured(result)} for result in outcome.results]
+
+
+def shared(op: str, case: str, inputs: str, dtype: str, device: torch.device) -> dict[str, str]:
+    """What all rows of one comparison have in common."""
+    return {
+        "op": op,
+        "case": case,
+        "inputs": inputs,
+        "dtype": dtype,
+        "device": device_name(device),
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "triton": _triton(),
         "lic_fast": __version__,
-        "compiler": _compiler(group.device),
+        "compiler": _compiler(device),
         "commit": commit(),
-        "utc": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "utc": now(),
     }
-    return [{**shared, **_measured(result)} for result in outcome.results]
 
 
 def _measured(result: Result) -> dict[str, str]:
@@ -115,26 +138,28 @@ def _measured(result: Result) -> dict[str, str]:
     }
 
 
-def append(path: Path, new: list[dict[str, str]]) -> None:
+def append(path: Path, new: list[dict[str, str]], columns: Sequence[str] | None = None) -> None:
     """Appends rows to a CSV file, with a header where it is new. Raises RowsError for other columns."""
     if not new:
         return
+    columns = columns or columns_of(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     is_new = not path.is_file() or path.stat().st_size == 0
     if not is_new:
-        read(path)
+        read(path, columns)
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         if is_new:
             writer.writeheader()
         writer.writerows(new)
 
 
-def read(path: Path) -> list[dict[str, str]]:
+def read(path: Path, columns: Sequence[str] | None = None) -> list[dict[str, str]]:
     """The rows of a CSV file. Raises RowsError where its columns are not today's."""
+    columns = columns or columns_of(path)
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
+        if tuple(reader.fieldnames or ()) != tuple(columns):
             raise RowsError(f"benchmarks: {path} has other columns; move it away or pass --output")
         return list(reader)
 

@@ -7,6 +7,7 @@ fast path is what lic_fast has for the same loop. Each run has a process of its 
 from __future__ import annotations
 
 import argparse
+import collections
 import itertools
 import multiprocessing
 import shutil
@@ -14,6 +15,7 @@ import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import lic_fast
 from lic_fast import cli
@@ -22,8 +24,9 @@ from lic_fast.training.files import read_log
 
 MODEL, CHANNELS, CROP, BATCH = "mbt2018-mean", (32, 48), 128, 8
 STOCK = {"optimizer": "adam"}
-FAST = {"optimizer": "adam-fused", "sma": True}
-OPS = {"fast": ["sma_update_"]}
+FAST = {"optimizer": "soap", "sma": True}
+LRS = {"stock": 1e-3, "fast": 3e-3}
+OPS = {"fast": ["soap_update_", "adam_update_", "refresh_eigenbasis", "rotate_moments_", "sma_update_"]}
 
 
 def _run(config: TrainConfig) -> TrainResult:
@@ -42,21 +45,39 @@ def _photograph(data: str | None) -> Path:
     return Path(open_photos(data, "demo").paths[0])
 
 
-def _plot(folders: dict[str, Path], path: Path, title: str) -> None:
+class Curve(NamedTuple):
+    """Of the steps of a run that were taken: their number, the mean loss of the last tenth of the run, seconds."""
+
+    steps: list[int]
+    losses: list[float]
+    seconds: list[float]
+    window: int
+
+    @staticmethod
+    def of(folder: Path) -> Curve:
+        rows = [row for row in read_log(folder / "log.csv") if row["skipped"] == "0"]
+        losses, window = [float(row["loss"]) for row in rows], max(1, len(rows) // 10)
+        means = [statistics.fmean(losses[max(0, i - window + 1) : i + 1]) for i in range(len(losses))]
+        seconds = list(itertools.accumulate(float(row["step_seconds"]) for row in rows))
+        return Curve([int(row["step"]) for row in rows], means, seconds, window)
+
+    def reaches(self, loss: float) -> str:
+        """Step and seconds of the first mean at or below `loss`."""
+        found = zip(self.steps, self.losses, self.seconds, strict=True)
+        return next((f"{step}, {seconds:.1f} s" for step, mean, seconds in found if mean <= loss), "never")
+
+
+def _plot(curves: dict[str, Curve], path: Path, title: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for name, folder in folders.items():
-        rows = [row for row in read_log(folder / "log.csv") if row["skipped"] == "0"]
-        steps, losses = [int(row["step"]) for row in rows], [float(row["loss"]) for row in rows]
-        window = max(1, len(rows) // 10)
-        means = [statistics.fmean(losses[max(0, i - window + 1) : i + 1]) for i in range(len(losses))]
-        seconds = list(itertools.accumulate(float(row["step_seconds"]) for row in rows))
-        for axis, x in zip(axes, (steps, seconds), strict=True):
-            axis.plot(x, means, label=name)
+    for name, curve in curves.items():
+        for axis, x in zip(axes, (curve.steps, curve.seconds), strict=True):
+            axis.plot(x, curve.losses, label=name)
+    window = curves["stock"].window
     for axis, label in zip(axes, ("step", "seconds in steps"), strict=True):
         axis.set(xlabel=label, ylabel=f"R-D loss, mean of {window} steps", yscale="log")
         axis.grid(alpha=0.25, which="both", linewidth=0.6)
@@ -65,14 +86,15 @@ def _plot(folders: dict[str, Path], path: Path, title: str) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _table(results: dict[str, TrainResult]) -> str:
+def _table(results: dict[str, TrainResult], curves: dict[str, Curve]) -> str:
     def ops(name: str) -> str:
-        chosen = [f"{op}: {lic_fast.explain(op).chosen}" for op in OPS.get(name, [])]
-        return ", ".join(chosen) or "PyTorch only"
+        chosen = collections.Counter(lic_fast.explain(op).chosen for op in OPS.get(name, []))
+        return ", ".join(f"{backend} ({count} ops)" for backend, count in chosen.items()) or "PyTorch only"
 
     lines = [
         ("", *results),
         ("final R-D loss", *(f"{r.final_loss:.4f}" for r in results.values())),
+        ("stock's, reached at step", *(curves[name].reaches(curves["stock"].losses[-1]) for name in results)),
         ("final bpp", *(f"{r.final_bpp:.4f}" for r in results.values())),
         ("final PSNR [dB]", *(f"{r.final_psnr:.2f}" for r in results.values())),
         ("step [ms, median]", *(f"{1e3 * r.step_seconds:.1f}" for r in results.values())),
@@ -96,19 +118,20 @@ def main(argv: list[str] | None = None) -> int:
     for name, options in (("stock", STOCK), ("fast", FAST)):
         folder = output / name
         shutil.rmtree(folder, ignore_errors=True)
-        print(f"\n{name}: {MODEL} {CHANNELS}, {args.steps} steps, {options}", flush=True)
+        print(f"\n{name}: {MODEL} {CHANNELS}, {args.steps} steps, lr {LRS[name]:g}, {options}", flush=True)
         config = TrainConfig(
             model=MODEL, channels=CHANNELS, output=str(folder), data=args.data, steps=args.steps, crop=CROP,
-            batch_size=BATCH, lr=1e-3, min_epoch_steps=args.steps, **options,
+            batch_size=BATCH, lr=LRS[name], min_epoch_steps=args.steps, **options,
         )  # fmt: skip
         try:
             results[name] = _run(config)
         except (TrainingError, ValueError, ImportError) as error:
             print(f"demo: error: {error}", file=sys.stderr)
             return 2
-    print(f"\n{_table(results)}\n")
+    curves = {name: Curve.of(output / name) for name in results}
+    print(f"\n{_table(results, curves)}\n")
     plot = output / "loss.png"
-    _plot({name: output / name for name in results}, plot, f"{MODEL} {CHANNELS}, batch {BATCH}, crop {CROP}")
+    _plot(curves, plot, f"{MODEL} {CHANNELS}, batch {BATCH}, crop {CROP}")
     print(f"plot: {plot}")
     checkpoint, stream = str(output / "fast" / "checkpoint.pt"), str(output / "photograph.licf")
     codes = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 
 import torch
@@ -30,20 +30,29 @@ def _compressai(module: str) -> ModuleType:
         ) from None
 
 
-def _detached(build: Callable[[], torch.nn.Module]) -> list[Tensor]:
+class Named(list[Tensor]):
+    """Tensors, and in `names` what their model calls them."""
+
+    def __init__(self, named: Iterable[tuple[str, Tensor]]) -> None:
+        names, tensors = zip(*named, strict=True)
+        super().__init__(tensors)
+        self.names: tuple[str, ...] = names
+
+
+def _detached(build: Callable[[], torch.nn.Module]) -> Named:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
-        return [parameter.detach().clone() for parameter in build().parameters()]
+        return Named((name, parameter.detach().clone()) for name, parameter in build().named_parameters())
 
 
 @functools.cache
-def _zoo_model(name: str) -> list[Tensor]:
+def _zoo_model(name: str) -> Named:
     build = _compressai("zoo").image_models[name]
     return _detached(lambda: build(quality=_QUALITY, pretrained=False))
 
 
 @functools.cache
-def _elic() -> list[Tensor]:
+def _elic() -> Named:
     return _detached(_compressai("models").Elic2022Official)
 
 
@@ -59,17 +68,23 @@ def load(
     model: str | Callable[[], Sequence[Tensor]],
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    *,
+    quantiles: bool = True,
 ) -> list[Tensor]:
     """The parameters of `model`, a name in MODELS or a function like those, as clones of `dtype` on `device`.
 
-    The values are kept for the life of the process: a second call only copies. Raises ValueError for an
-    unknown name, ImportError where CompressAI is missing.
+    quantiles=False leaves out the quantiles of entropy bottlenecks, which have an optimizer of their own. The values
+    are kept for the life of the process: a second call only copies. Raises ValueError for an unknown name, ImportError
+    where CompressAI is missing.
     """
     if isinstance(model, str):
         if model not in MODELS:
             raise ValueError(f"load: unknown model, got {model!r}; use one of {', '.join(MODELS)}")
         model = MODELS[model]
-    return [value.to(device=device, dtype=dtype, copy=True) for value in model()]
+    values = model()
+    if not quantiles and isinstance(values, Named):
+        values = [v for name, v in zip(values.names, values, strict=True) if not name.endswith("quantiles")]
+    return [value.to(device=device, dtype=dtype, copy=True) for value in values]
 
 
 def label(name: str, tensors: Sequence[Tensor]) -> str:

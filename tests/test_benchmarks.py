@@ -11,7 +11,7 @@ from pathlib import Path
 import lic_fast.benchmarks
 import pytest
 import torch
-from lic_fast.benchmarks import OPS, _contenders, _harness, _rows, parameters, plot
+from lic_fast.benchmarks import OPS, WHOLE, _contenders, _harness, _rows, parameters, plot
 from lic_fast.benchmarks.__main__ import main
 from torch import Tensor
 
@@ -49,7 +49,7 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves torch.compile out: its compile time is not what is tested."""
     for op in OPS:
         module = importlib.import_module(f"lic_fast.benchmarks.{op}")
-        monkeypatch.setattr(module, "compile_why_not", lambda device: "left out by the test")
+        monkeypatch.setattr(module, "compile_why_not", lambda device: "left out by the test", raising=False)
 
 
 def fake_op(monkeypatch: pytest.MonkeyPatch, made: _harness.Group) -> None:
@@ -144,7 +144,7 @@ def test_rates_count_against_the_copy_of_the_same_run() -> None:
 
 
 def test_quick_run_writes_complete_rows_and_appends(no_compiler: None, tmp_path: Path) -> None:
-    argv = ["--quick", "--threads", "1", "--ceiling-mib", "1", "--device", "cpu", "--dtype", "fp32", "bf16"]
+    argv = [*OPS, "--quick", "--threads", "1", "--ceiling-mib", "1", "--device", "cpu", "--dtype", "fp32", "bf16"]
     threads = torch.get_num_threads()
     counts = []
     for _ in range(2):
@@ -198,7 +198,7 @@ def test_unknown_op_and_misuse(capsys: pytest.CaptureFixture[str]) -> None:
 def test_list_names_every_op(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(OPS)
+    assert [line.split()[0] for line in lines] == [*OPS, *WHOLE]
 
 
 def test_every_module_imports_and_every_op_has_groups() -> None:
@@ -208,6 +208,8 @@ def test_every_module_imports_and_every_op_has_groups() -> None:
         importlib.import_module(f"lic_fast.benchmarks.{name}")
     for op in OPS:
         assert callable(importlib.import_module(f"lic_fast.benchmarks.{op}").groups)
+    for name in WHOLE:
+        assert callable(importlib.import_module(f"lic_fast.benchmarks.{name}").comparisons)
 
 
 def test_missing_compressai_names_the_extra(
@@ -236,6 +238,13 @@ def test_parameters_are_the_real_ones_and_fresh() -> None:
     assert {t.dtype for t in first} == {torch.bfloat16}
     assert not any(t.requires_grad for t in first)
     assert all(torch.equal(a, b) and a.data_ptr() != b.data_ptr() for a, b in zip(first, second, strict=True))
+
+
+def test_parameters_without_quantiles() -> None:
+    pytest.importorskip("compressai")
+    values = parameters.load("mbt2018-mean", quantiles=False)
+    assert (len(values), sum(t.numel() for t in values)) == (54, 7_027_619)
+    assert len(parameters.load(small, quantiles=False)) == len(small())
 
 
 def test_plot_draws_the_latest_run_of_each_comparison(no_compiler: None, tmp_path: Path) -> None:

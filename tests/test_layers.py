@@ -107,13 +107,23 @@ def test_csrc_cpu_and_cuda_do_not_include_each_other():
 
 
 def test_an_op_is_named_alike_in_every_room():
-    ops = {path.stem for path in (ROOT / "lic_fast" / "ops").glob("[!_]*.py")}
-    assert ops
-    for op in ops:
-        for place in (
-            f"lic_fast/reference/{op}.py", f"triton_kernels/{op}.py", f"csrc/cpu/{op}.cpp", f"csrc/cuda/{op}.cu",
-            f"tests/test_{op}.py", f"benchmarks/{op}.py",
-        ):  # fmt: skip
+    from lic_fast._dispatch import OPS
+
+    rooms = {
+        "reference": "lic_fast/reference/{}.py",
+        "triton": "triton_kernels/{}.py",
+        "cpp": "csrc/cpu/{}.cpp",
+        "cuda": "csrc/cuda/{}.cu",
+    }
+    files = {path.stem for path in (ROOT / "lic_fast" / "ops").glob("[!_]*.py")}
+    backends = {file: {"reference"} for file in files}
+    for name, spec in OPS.items():
+        file = next(f for f in files if name.startswith(f))
+        backends[file] |= set(spec.impls)
+    for op, names in backends.items():
+        for backend, room in rooms.items():
+            assert (ROOT / room.format(op)).is_file() == (backend in names), f"{room.format(op)}: {sorted(names)}"
+        for place in (f"tests/test_{op}.py", f"benchmarks/{op}.py"):
             assert (ROOT / place).is_file(), place
 
 
