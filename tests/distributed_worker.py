@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -43,8 +44,9 @@ def train(model, optimizer, steps, rank=0, world=1):
 
 def main(folder, die_at):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
-    rank, world = dist.get_rank(), dist.get_world_size()
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = dist.FileStore(str(folder / "store"), world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     model = network()
     wrapped = torch.nn.parallel.DistributedDataParallel(model)
     optimizer = SOAP(model.parameters(), lr=1e-2, precondition_frequency=4, process_group=dist.group.WORLD)
@@ -76,4 +78,12 @@ def main(folder, die_at):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    code = 0
+    try:
+        main(Path(sys.argv[1]), int(sys.argv[2]))
+    except RuntimeError:  # torch's own, where the other rank is gone
+        traceback.print_exc()
+        code = 1
+    # Without the interpreter's finalization: it now and then aborts while threads of torch.distributed still run.
+    sys.stderr.flush()
+    os._exit(code)

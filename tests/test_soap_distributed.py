@@ -6,7 +6,6 @@ import copy
 import json
 import os
 import pickle
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -26,14 +25,11 @@ if not dist.is_available() or not dist.is_gloo_available():
 
 def launch(folder, world=2, die_at=-1):
     """(exit codes, what each rank wrote to stderr)."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     ranks = []
     for rank in range(world):
         env = os.environ | {
-            "RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1",
+            "RANK": str(rank), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
         }  # fmt: skip
         command = [sys.executable, str(Path(__file__).with_name("distributed_worker.py")), str(folder), str(die_at)]
         ranks.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
