@@ -17,6 +17,7 @@ from ._contenders import DTYPES
 from ._harness import Settings, run_group
 from ._rows import RowsError, append, default_output, rows, table
 
+STUDIES = ("convergence", "nqm")  # with options of their own
 _QUICK_REPEATS = 5
 _CEILING_MIB = {"cpu": 256, "cuda": 1024}
 
@@ -25,7 +26,8 @@ def _parser(models: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m lic_fast.benchmarks",
         description="Times lic_fast beside its peers on real models' tensors, after checking every result.",
-        epilog=f"ops: {', '.join((*OPS, *WHOLE))}; or `convergence`, with options of its own: steps to a loss",
+        epilog=f"ops: {', '.join((*OPS, *WHOLE))}; or, with options of its own, `convergence`: steps to a loss, or "
+        "`nqm`: the variance that averaging weights leaves, beside its closed forms",
     )
     parser.add_argument("ops", nargs="*", metavar="op", help="what to time (default: every op)")
     parser.add_argument("--list", action="store_true", help="list the ops and stop")
@@ -120,8 +122,8 @@ def main(argv: Sequence[str], models: Mapping[str, Callable[[], Sequence[Tensor]
 
     models: name -> function that returns fp32 tensors, instead of the real ones.
     """
-    if list(argv[:1]) == ["convergence"]:
-        return int(_module("convergence").main(argv[1:]))
+    if argv and argv[0] in STUDIES:
+        return int(_module(argv[0]).main(argv[1:]))
     models = models or parameters.MODELS
     options = _parser(list(models)).parse_args(argv)
     complaint = _complaint(options)
