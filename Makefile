@@ -29,7 +29,7 @@ lic_fast/_build_info.json: $(SOURCES) | $(VENV)/.installed
 
 # Triton kernels on the CPU, in a process of their own: the interpreter has to be on before triton is imported.
 test-interpret: native
-	TRITON_INTERPRET=1 $(RUN) -m pytest -q -k triton $(OPS:%=tests/test_%.py) tests/test_triton_soap.py
+	TRITON_INTERPRET=1 $(RUN) -m pytest -q -k triton $(OPS:%=tests/test_%.py) $(wildcard tests/test_triton_*.py)
 
 compile-kernels: native
 	$(RUN) -m pytest -q tests/test_compile_kernels.py tests/test_packaging.py

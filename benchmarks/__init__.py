@@ -6,7 +6,19 @@ one module with `comparisons(settings)`.
 
 from __future__ import annotations
 
-OPS = ("affine_reconstruct", "sma_update", "adam_update", "soap_update", "refresh_eigenbasis", "rotate_moments")
-WHOLE = ("soap",)
+OPS = (
+    "affine_reconstruct",
+    "sma_update",
+    "adam_update",
+    "soap_update",
+    "refresh_eigenbasis",
+    "rotate_moments",
+    "stdet",
+    "rls_update",
+    "sensitivity_accumulate",
+    "cmd_assign",
+    "embed_select",
+)
+WHOLE = ("soap", "stdet_training")
 
 __all__ = ["OPS", "WHOLE"]

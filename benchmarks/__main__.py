@@ -37,7 +37,7 @@ def _parser(models: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--device", default=None, help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--repeats", type=int, default=None, help=f"30; with --quick {_QUICK_REPEATS}; soap: steps")
     parser.add_argument("--threads", type=int, default=None, help="default: as many as PyTorch has")
-    parser.add_argument("--tied", nargs="+", type=int, default=[50], help="percent, affine_reconstruct only")
+    parser.add_argument("--tied", nargs="+", type=int, default=[50], help="percent, affine_reconstruct and stdet only")
     parser.add_argument("--quick", action="store_true", help=f"{models[0]}, {_QUICK_REPEATS} repeats; for CI")
     parser.add_argument("--ceiling-mib", type=int, default=None, help="size of the copy (256; on CUDA 1024)")
     parser.add_argument("--output", type=Path, default=None, help=f"folder of the rows ({default_output()})")

@@ -28,7 +28,8 @@ FURTHER = {
     "soap": (
         *("period_ms", "refresh_ms", "slowest_ms", "cpu_ms", "refreshes", "gflops", "period_gflops", "refresh_flops"),
         *("state_bytes", "ops", "refresh_ops", "launches", "refresh_launches", "chosen"),
-    )
+    ),
+    "stdet_training": ("step_ms", "added", "peak_bytes", "state", "chosen"),
 }
 _HERE = Path(__file__).resolve().parent
 

@@ -14,6 +14,7 @@ import argparse
 import math
 import statistics
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +36,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "soap": {"optimizer": "soap"},
     "adam-sma": {"optimizer": "adam", "sma": True},
     "soap-sma": {"optimizer": "soap", "sma": True},
+    "adam-stdet-sma": {"optimizer": "adam", "stdet": True, "sma": True},
+    "soap-stdet-sma": {"optimizer": "soap", "stdet": True, "sma": True},
 }
 LRS = {"adam": (3e-4, 1e-3, 3e-3), "soap": (1e-3, 3e-3, 1e-2)}
 SMOOTH = 3
@@ -90,21 +93,37 @@ class Bench:
                 rows = self._train(Trainer(self._config(method, lr, seed)), key)
                 append(self.path, rows, COLUMNS)
             self.curves[method, lr, seed] = curve = Curve.of(rows)
-            print(f"{method:9} lr {lr:<7g} seed {seed}: {curve.final:8.4f} in {curve.seconds[-1]:.0f} s", flush=True)
+            print(f"{method:14} lr {lr:<7g} seed {seed}: {curve.final:8.4f} in {curve.seconds[-1]:.0f} s", flush=True)
         return self.curves[method, lr, seed]
 
     def _config(self, method: str, lr: float, seed: int) -> TrainConfig:
         config = TrainConfig(
             model=MODEL, channels=CHANNELS, output="", data=self.options.data, steps=self.options.steps, crop=CROP,
-            batch_size=BATCH, lr=lr, seed=seed, device=self.options.device, **METHODS[method],
+            batch_size=BATCH, lr=lr, seed=seed, device=self.options.device, **METHODS[method], **self._schedule(method),
         )  # fmt: skip
         config.validate()
         return config
 
+    def _schedule(self, method: str) -> dict[str, Any]:
+        """STDET's schedule of 70 epochs, scaled to as many as there are measurements: each is an epoch of its own.
+
+        The warm-up takes 2/7 of them, what is embedded for good grows evenly to 50 % from there on, and dummies grow
+        by as much over the whole training as in the paper, to 25 %.
+        """
+        if not METHODS[method].get("stdet"):
+            return {}
+        epochs = self.options.steps // self.options.every
+        warmup = max(2, round(epochs * 20 / 70))
+        return {
+            "stdet_epoch_steps": self.options.every, "stdet_warmup": warmup,
+            "stdet_true": 0.5 / max(1, epochs - warmup), "stdet_dummy": (0.02 * 70 / epochs, 0.25),
+        }  # fmt: skip
+
     def _key(self, method: str, lr: float, seed: int) -> dict[str, str]:
         config = self._config(method, lr, seed)
         device = resolve_device(config.device, "convergence")
-        ops = [op for op in ("soap_update_", "sma_update_") if op.partition("_")[0] in method]
+        ops = ("soap_update_", "stdet_adam_step_", "sma_update_")
+        ops = [op for op in ops if op.partition("_")[0] in method.split("-")]
         values = (
             method, f"{lr:g}", seed, self.options.steps, self.options.every, MODEL, " ".join(map(str, CHANNELS)), CROP,
             BATCH, f"{config.lmbda:g}", self.photographs,
@@ -121,7 +140,11 @@ class Bench:
         for step in range(1, self.options.steps + 1):
             if trainer.progress.skipped_in_a_row < trainer.config.max_nonfinite:
                 row = trainer._step(next(batches))
-                seconds, updates = seconds + row["step_seconds"], updates + row["optimizer_seconds"]
+                began = time.perf_counter()
+                trainer.stepping.after_step(step, epoch_ended=False)
+                ending = time.perf_counter() - began
+                seconds += row["step_seconds"] + ending
+                updates += row["optimizer_seconds"] + ending
             if step % self.options.every == 0:
                 given_up = trainer.progress.skipped_in_a_row >= trainer.config.max_nonfinite
                 loss = math.inf if given_up else trainer._validation_loss()
@@ -216,7 +239,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if not 1 <= options.every <= options.steps:
         parser.error(f"--every must be between 1 and --steps, got {options.every}")
-    options.lrs = {name: LRS[name.removesuffix("-sma")] for name in options.methods} | dict(options.lrs)
+    options.lrs = {name: LRS[name.split("-")[0]] for name in options.methods} | dict(options.lrs)
     options.output = options.output or default_output()
     return options
 

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 import lic_fast
-from lic_fast.functional import affine_reconstruct_, sma_update_
+from lic_fast.functional import affine_reconstruct_, sma_update_, stdet_adam_step_
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
 BACKENDS = [b for b in ("cuda", "triton") if lic_fast.explain("sma_update_", "cuda").reasons[b] is None]
+STDET_BACKENDS = [b for b in ("cuda", "triton") if lic_fast.explain("stdet_adam_step_", "cuda").reasons[b] is None]
 
 
 def lists(count=40, size=5000):
@@ -125,5 +126,91 @@ def test_an_ordinary_step_of_soap_waits_for_nothing():
             torch.cuda.set_sync_debug_mode("error")
         try:
             optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def assert_all_same_bits(args, want):
+    from test_triton_stdet import WRITTEN, assert_same_bits
+
+    for name in WRITTEN:
+        ours, theirs = args[name], want[name]
+        for x, y in zip(*([ours, theirs] if isinstance(ours, list) else [[ours], [theirs]]), strict=True):
+            assert_same_bits(x, y)
+
+
+@pytest.mark.parametrize("backend", STDET_BACKENDS)
+def test_a_step_of_an_embedded_model_launches_on_the_current_stream(backend):
+    from test_triton_stdet import case, copied
+
+    from lic_fast.reference.stdet import stdet_adam_step_ as reference
+
+    args = case(device="cuda")
+    want, late = copied(args, "cpu"), [p.clone() for p in args["params"]]
+    reference(*want.values(), 0.8, True)
+    torch._foreach_zero_(args["params"])
+    stream = torch.cuda.Stream()
+    with lic_fast.use_backend(backend), torch.cuda.stream(stream):
+        stream.wait_stream(torch.cuda.default_stream())
+        torch.cuda._sleep(200_000_000)  # a launch on the default stream would run before this ends
+        torch._foreach_copy_(args["params"], late)
+        stdet_adam_step_(**args, alpha=0.8)
+    stream.synchronize()
+    assert_all_same_bits(args, want)
+
+
+@pytest.mark.parametrize("backend", STDET_BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_step_of_an_embedded_model_inside_a_cuda_graph(backend, dtype):
+    from test_triton_stdet import WRITTEN, case, copied
+
+    from lic_fast.reference.stdet import stdet_adam_step_ as reference
+
+    args = case(dtype=dtype, device="cuda")
+    before = copied(args)
+    with lic_fast.use_backend(backend):
+        stdet_adam_step_(**args, alpha=0.8)  # compiles, and keeps the tables
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            stdet_adam_step_(**args, alpha=0.8)
+    for name in WRITTEN:
+        written, kept = ([x[name]] if torch.is_tensor(x[name]) else x[name] for x in (args, before))
+        torch._foreach_copy_(written, kept)
+    want = copied(before, "cpu")
+    for _ in range(2):  # with the hyperparameters of the capture
+        graph.replay()
+        reference(*want.values(), 0.8, True)
+    torch.cuda.synchronize()
+    assert_all_same_bits(args, want)
+
+
+@pytest.mark.parametrize("backend", STDET_BACKENDS)
+def test_an_embedded_model_of_more_tensors_than_one_table_holds(backend):
+    from test_triton_stdet import case, copied
+
+    from lic_fast.reference.stdet import stdet_adam_step_ as reference
+
+    args = case(shapes=[(3,), (1030,), (0,)] * 500, modes=60, device="cuda")
+    want = copied(args, "cpu")
+    reference(*want.values(), 0.8, True)
+    with lic_fast.use_backend(backend):
+        stdet_adam_step_(**args, alpha=0.8)
+    assert_all_same_bits(args, want)
+
+
+@pytest.mark.parametrize("backend", STDET_BACKENDS)
+def test_a_step_of_an_embedded_model_waits_for_nothing(backend):
+    from test_triton_stdet import case
+
+    args = case(device="cuda")
+    with lic_fast.use_backend(backend):
+        stdet_adam_step_(**args, alpha=0.8)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(3):
+                args["hyper"] = args["hyper"] * 0.9
+                args["grads"] = [torch.randn_like(g) for g in args["grads"]]
+                stdet_adam_step_(**args, alpha=0.8)
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -115,11 +115,14 @@ def kill_at(config: TrainConfig, step: int) -> int:
     return len(files.read_log(log))
 
 
+STDET = {"stdet": True, "stdet_warmup": 3, "stdet_epoch_steps": 5, "stdet_true": 0.1, "stdet_samples": 60}
 METHODS = {
     "adam": {},
     "sma": {"sma": True},
     "soap": {"optimizer": "soap"},
     "soap-sma-diagnose": {"optimizer": "soap", "sma": True, "diagnose": 3},
+    "stdet-sma": {**STDET, "sma": True},
+    "soap-stdet": {**STDET, "optimizer": "soap"},
 }
 
 
@@ -135,8 +138,13 @@ def test_kill_and_resume_equals_never_stopping(tmp_path: Path, photos: Path, met
     assert log_without_timings(Path(broken.output)) == log_without_timings(Path(whole.output)), (step, saved)
     assert result.final_loss == expected.final_loss
     ends = [load_checkpoint(Path(run.output) / "checkpoint.pt", "test") for run in (whole, broken)]
-    for name in ("model", "slow", "optimizer", "aux_optimizer", "scheduler", "progress", "rng", "diagnostics"):
+    for name in ("model", "slow", "optimizer", "aux_optimizer", "scheduler", "progress", "rng", "diagnostics", "stdet"):
         assert same(ends[0][name], ends[1][name]), name
+    epochs = [files.read_log(Path(run.output) / "stdet.csv") for run in (whole, broken)]
+    assert bool(epochs[0]) == ("stdet" in method)
+    for row in (*epochs[0], *epochs[1]):
+        del row["seconds"]
+    assert epochs[0] == epochs[1]
     scores = [Path(run.output) / "diagnostics.csv" for run in (whole, broken)]
     assert all(path.is_file() == ("diagnose" in METHODS[method]) for path in scores)
     assert "diagnose" not in METHODS[method] or scores[0].read_bytes() == scores[1].read_bytes()

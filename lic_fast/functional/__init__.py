@@ -1,6 +1,7 @@
 """The public stateless API."""
 
-from .embedding import FlatLayout, stdet_adam_step_, stdet_mask_, stdet_reconstruct_
+from .embedding import FlatLayout, in_memory_order, stdet_adam_step_, stdet_mask_, stdet_reconstruct_
+from .modes import cmd_assign, embed_select, rls_update_, sensitivity_accumulate_
 from .parameters import affine_reconstruct, affine_reconstruct_, sma_update_
 from .preconditioning import adam_update_, refresh_eigenbasis, rotate_moments_, soap_update_
 
@@ -9,8 +10,13 @@ __all__ = [
     "adam_update_",
     "affine_reconstruct",
     "affine_reconstruct_",
+    "cmd_assign",
+    "embed_select",
+    "in_memory_order",
     "refresh_eigenbasis",
+    "rls_update_",
     "rotate_moments_",
+    "sensitivity_accumulate_",
     "sma_update_",
     "soap_update_",
     "stdet_adam_step_",

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..ops._library import FLOATS
-from ..reference import _layout
+from ..ops._library import FLOATS, is_dense
+from ..ops.stdet import layout as _layout
 from . import _check
 
 
@@ -24,6 +24,8 @@ class FlatLayout:
     A byte of code [places] uint8: TIED (bit 7), a step rebuilds the element as k * reference + d; STATELESS (bit 6), it
     has no moments (embedded for good, or padding); the other bits its mode, OUTSIDE where it is never embedded.
     k and d [elements not OUTSIDE], exp_avg and exp_avg_sq [elements not STATELESS], in flat order.
+
+    Raises nothing of its own. Source: our choice, so that a step reads and writes no byte of what it does not need.
     """
 
     BLOCK, TIED, STATELESS, OUTSIDE = _layout.BLOCK, _layout.TIED, _layout.STATELESS, _layout.OUTSIDE
@@ -55,7 +57,12 @@ class FlatLayout:
 
 
 def in_memory_order(tensor: Tensor) -> Tensor:
-    """The elements of a dense tensor in the order in which they lie in memory, [n], sharing it."""
+    """The elements of a dense tensor in the order in which they lie in memory, [n], sharing it.
+
+    Raises ValueError where the tensor is not dense. Source: our choice, see FlatLayout.
+    """
+    if not is_dense(tensor):
+        raise ValueError(f"in_memory_order: the tensor must be dense, got strides {list(tensor.stride())}; clone it")
     return _layout.flat(tensor)
 
 
@@ -169,9 +176,9 @@ def _flat_of(
 
 
 def _check_layout(
-    f: str, params: list[Tensor], code: Tensor, base: Tensor, k: Tensor, d: Tensor, refs: Tensor
+    f: str, params: list[Tensor], code: Tensor, base: Tensor, k: Tensor, d: Tensor, refs: Tensor | None = None
 ) -> torch.dtype:
-    """The dtype of the arithmetic, where the embedding fits the parameters."""
+    """The dtype of k, d and the moments, where the embedding fits the parameters."""
     first = params[0]
     for i, p in enumerate(params):
         _check.dtype_in(f, f"params[{i}]", p, (first.dtype,) if first.dtype in FLOATS else FLOATS)
@@ -184,6 +191,8 @@ def _check_layout(
     for name, value in (("k", k), ("d", d)):
         _flat_of(f, name, value, wide, first)
     _check.same_shape(f, ("k", k), ("d", d))
+    if refs is None:
+        return wide
     _flat_of(f, "refs", refs, torch.int64, first, None, 2)
     if refs.shape[1] != 3 or len(refs) > _layout.MOST_MODES:
         raise ValueError(f"{f}: refs must be [M, 3] with M <= {_layout.MOST_MODES}, got {list(refs.shape)}")

@@ -1,12 +1,28 @@
 """One op a module: schema, fake, table of implementations, autograd. Importing it defines the ops."""
 
-from . import adam_update, affine_reconstruct, refresh_eigenbasis, rotate_moments, sma_update, soap_update, stdet
+from . import (
+    adam_update,
+    affine_reconstruct,
+    cmd_assign,
+    embed_select,
+    refresh_eigenbasis,
+    rls_update,
+    rotate_moments,
+    sensitivity_accumulate,
+    sma_update,
+    soap_update,
+    stdet,
+)
 
 __all__ = [
     "adam_update",
     "affine_reconstruct",
+    "cmd_assign",
+    "embed_select",
     "refresh_eigenbasis",
+    "rls_update",
     "rotate_moments",
+    "sensitivity_accumulate",
     "sma_update",
     "soap_update",
     "stdet",

@@ -10,8 +10,11 @@ from torch import Tensor
 
 from .. import _native, _triton
 from .._dispatch import Impl, OpSpec, register
+from ..reference import _layout as layout
 from ..reference import stdet as reference
 from ._library import FLOATS, copy_back, define, is_dense, laid_out_as, mark_changed
+
+__all__ = ["MASK", "RECONSTRUCT", "STEP", "layout"]
 
 CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

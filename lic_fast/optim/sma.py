@@ -18,7 +18,7 @@ class SMA(Optimizer):
 
     optimizer: any torch optimizer; its param_groups, state and defaults are this object's own, so learning-rate
     schedulers, GradScaler (give its unscale_ and step the same one of the two) and add_param_group work on either.
-    alpha in [0, 1] weighs the new point; alpha=1 with reset is the plain optimizer up to rounding. every >= 1 counts
+    alpha in [0, 1] weighs the new point; alpha=1 copies it, and is the plain optimizer to the bit. every >= 1 counts
     steps that were taken (a step that GradScaler skips is none). reset=False leaves the trained weights alone and only
     keeps the average, for swap().
 
@@ -112,7 +112,10 @@ class SMA(Optimizer):
             pair[0].append(s)
             pair[1].append(p)
         for slows, params in by_device.values():
-            sma_update_(slows, params, alpha=self.alpha, reset=self.reset)
+            if self.alpha == 1.0:  # slow + (fast - slow) would round
+                torch._foreach_copy_(slows, params)
+            else:
+                sma_update_(slows, params, alpha=self.alpha, reset=self.reset)
 
     @contextmanager
     def swap(self) -> Iterator[None]:

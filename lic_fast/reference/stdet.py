@@ -71,7 +71,9 @@ def _adam(p: Tensor, g: Tensor, m: Tensor, v: Tensor, h: StepHyper) -> tuple[Ten
         p = p - h.decay * p
     m = m + (1.0 - h.beta1) * (g - m)
     v = h.beta2 * v + (1.0 - h.beta2) * (g * g)
-    return p - h.step_size * (m / (v.sqrt() * h.scale + h.eps)), m, v
+    # On the CPU torch's sqrt is its vector library's, often an ulp off; through fp64 a root of fp32 is rounded right.
+    root = v.double().sqrt().to(v.dtype)
+    return p - h.step_size * (m / (root * h.scale + h.eps)), m, v
 
 
 def stdet_reconstruct_(

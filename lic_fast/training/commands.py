@@ -22,6 +22,14 @@ def _channels(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"not whole numbers, got {text!r}; pass for example 128,192") from None
 
 
+def _dummy(text: str) -> tuple[float, float]:
+    try:
+        rate, most = (float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"not RATE,MOST, got {text!r}; pass for example 0.02,0.25") from None
+    return rate, most
+
+
 def add_train_parser(subparsers: Any) -> None:
     """Add `train` to the subparsers of lic-fast."""
     parser = subparsers.add_parser(
@@ -45,6 +53,7 @@ def add_train_parser(subparsers: Any) -> None:
     )
     _add_data_options(option)
     _add_method_options(option)
+    _add_stdet_options(option)
     _add_machine_options(option)
     parser.set_defaults(run=run_train)
 
@@ -100,6 +109,32 @@ def _add_method_options(option: Any) -> None:
     )
 
 
+def _add_stdet_options(option: Any) -> None:
+    option(
+        "--stdet", "let most weights follow a few references (STDET); writes stdet.csv, stdet.png", action="store_true"
+    )
+    option("--stdet-warmup", "epochs before the references are found", type=int, metavar="EPOCHS")
+    option(
+        "--stdet-embeddable", "share of the weights, the least sensitive, that may follow", type=float, metavar="SHARE"
+    )
+    option("--stdet-true", "share embedded for good at each event", type=float, metavar="SHARE")
+    option(
+        "--stdet-dummy", "share embedded for a while at epoch t: min(RATE * t, MOST)", type=_dummy, metavar="RATE,MOST"
+    )
+    option("--stdet-period", "epochs between two events", type=int, metavar="EPOCHS")
+    option("--stdet-epoch-steps", "steps of an epoch of STDET (default: the data's epoch)", type=int, metavar="STEPS")
+    option("--stdet-modes", "references, at most 63", type=int, metavar="N")
+    option("--stdet-samples", "weights whose trajectories are clustered", type=int, metavar="N")
+    for flag, text, choices in (
+        ("--stdet-sensitivity", "how weights are ranked", ("taylor", "fisher", "magnitude", "random")),
+        ("--stdet-dummy-mode", "what becomes of dummies between events", ("project", "freeze_epoch")),
+        ("--stdet-gradient", "what becomes of the gradients of embedded weights", ("drop", "overwrite", "chain")),
+        ("--stdet-origin", "from where t counts", ("global", "warmup")),
+    ):
+        option(flag, text, choices=choices)
+    option("--stdet-continuity", "shift a weight's line so that embedding does not move it", action="store_true")
+
+
 def _add_machine_options(option: Any) -> None:
     option("--device", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
     option("--backend", "lic_fast backend to insist on", metavar="NAME")
@@ -146,6 +181,7 @@ def _print_summary(summary: dict[str, Any]) -> None:
         "time": f"{summary['seconds']:.1f} s",
         "a step": f"{step:.1f} ms, {update:.2f} ms of it the optimizers (medians, without data loading)",
         "peak memory": "unknown" if memory is None else f"{memory / 2**20:.0f} MiB",
+        **({"embedded": summary["embedding"]} if summary["embedding"] else {}),
         **({"left out": f"{left_out} updates of single parameters, by the optimizer"} if left_out else {}),
         "broken images": str(summary["broken_images"]),
         "written to": summary["output"],

@@ -40,6 +40,20 @@ class TrainConfig:
     sma: bool = False
     sma_alpha: float = 0.8
     sma_every: int = 5
+    stdet: bool = False
+    stdet_warmup: int = 20
+    stdet_embeddable: float = 0.75
+    stdet_true: float = 0.01
+    stdet_dummy: tuple[float, float] = (0.02, 0.25)
+    stdet_period: int = 1
+    stdet_epoch_steps: int | None = None
+    stdet_modes: int = 10
+    stdet_samples: int = 1000
+    stdet_sensitivity: str = "taylor"
+    stdet_dummy_mode: str = "project"
+    stdet_gradient: str = "drop"
+    stdet_origin: str = "global"
+    stdet_continuity: bool = False
     seed: int = 0
     workers: int = 0
     device: str = "auto"
@@ -59,10 +73,11 @@ class TrainConfig:
 
     def validate(self) -> None:
         """Raises ValueError, naming the field, where a value makes no sense."""
-        for name in ("batch_size", "sma_every", "min_epoch_steps", "max_nonfinite"):
+        counts = ("batch_size", "sma_every", "min_epoch_steps", "max_nonfinite", "stdet_warmup", "stdet_period")
+        for name in (*counts, "stdet_modes", "stdet_samples"):
             value = getattr(self, name)
             self._check(name, int(value) == value and value >= 1, "at least 1, a whole number")
-        for name in ("steps", "epochs", "checkpoint_every"):
+        for name in ("steps", "epochs", "checkpoint_every", "stdet_epoch_steps"):
             value = getattr(self, name)
             self._check(name, value is None or value >= 1, "at least 1")
         for name in ("lmbda", "lr", "aux_lr"):
@@ -80,6 +95,12 @@ class TrainConfig:
         self._check("amp", self.amp in ("off", "bf16"), "off or bf16")
         if self.steps is not None and self.epochs is not None:
             raise ValueError(f"train: steps and epochs are both given, got {self.steps} and {self.epochs}; give one")
+        for name in ("stdet_embeddable", "stdet_true"):
+            self._check(name, 0 <= getattr(self, name) <= 1, "a share between 0 and 1")
+        rate, most = self.stdet_dummy
+        self._check("stdet_dummy", rate >= 0 and 0 <= most <= 1, "RATE,MOST: shares of the weights, 0.02,0.25")
+        if self.diagnose and self.stdet:
+            raise ValueError("train: diagnose reads the optimizer's moments, which stdet takes over; give one of both")
         if self.diagnose and self.compile:
             raise ValueError(
                 "train: diagnose needs a graph that torch.compile does not keep, got both; run without --compile"
@@ -90,10 +111,17 @@ class TrainConfig:
             option = "--" + name.replace("_", "-")
             raise ValueError(f"train: {name} is out of range, got {getattr(self, name)!r}; {option} takes {wanted}")
 
+    @property
+    def title(self) -> str:
+        """What heads the pictures of the run."""
+        tricks = (" + STDET" if self.stdet else "") + (" + SMA" if self.sma else "")
+        return f"{self.model}, lambda {self.lmbda:g}, {self.optimizer}{tricks}"
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values only, as checkpoint.pt and config.json hold them."""
         values = dataclasses.asdict(self)
         values["channels"] = None if self.channels is None else list(self.channels)
+        values["stdet_dummy"] = list(self.stdet_dummy)
         return values
 
 
@@ -103,6 +131,8 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
     kept = {name: value for name, value in values.items() if name in known}
     if kept.get("channels") is not None:
         kept["channels"] = tuple(kept["channels"])
+    if "stdet_dummy" in kept:
+        kept["stdet_dummy"] = tuple(kept["stdet_dummy"])
     return TrainConfig(**kept)
 
 

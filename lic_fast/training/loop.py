@@ -35,6 +35,7 @@ from lic_fast.training.optimizers import build_optimizer, insisted_backend, slow
 from lic_fast.training.plots import plot_diagnostics, plot_training
 from lic_fast.training.precision import keep_entropy_fp32
 from lic_fast.training.report import CHECKPOINT, CONFIG, LOG, PLOT, TrainResult, sum_up, versions
+from lic_fast.training.stepping import Stepping
 
 _TERMS = ("loss", "bpp", "mse", "psnr", "aux")
 _logger = logging.getLogger("lic_fast.training")
@@ -136,6 +137,7 @@ class Trainer:
         main, quantiles = split_parameters(self.model)
         self.names, self.main = {parameter: name for name, parameter in main}, [parameter for _, parameter in main]
         self.optimizer = build_optimizer(self.model, config)
+        self.stepping = Stepping(self.model, self.optimizer, config)
         self.aux_optimizer = torch.optim.Adam([parameter for _, parameter in quantiles], lr=config.aux_lr)
         self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
             self.optimizer, factor=config.lr_factor, patience=config.patience
@@ -153,7 +155,9 @@ class Trainer:
             self._save()
         self._write_config()
         with contextlib.ExitStack() as stack:
-            logs = [stack.enter_context(contextlib.closing(log)) for log in self._logs(resuming)]
+            keep = self.progress.step if resuming else None
+            logs = [stack.enter_context(contextlib.closing(log)) for log in self._logs(keep)]
+            stack.enter_context(self.stepping.opened(self.output, keep))
             bar = stack.enter_context(self._bar())
             batches = self._batches()
             while self.progress.step < self.total_steps:
@@ -171,17 +175,18 @@ class Trainer:
         seconds = time.perf_counter() - started
         skipped = getattr(unwrapped(self.optimizer), "skipped_steps", 0)
         progress = dataclasses.asdict(self.progress)
-        return sum_up(self.config, progress, len(self.broken), self.device, seconds, skipped)
+        embedding = self.stepping.summary()
+        return sum_up(self.config, progress, len(self.broken), self.device, seconds, skipped, embedding)
 
-    def _logs(self, resuming: bool) -> list[Log]:
-        keep = self.progress.step if resuming else None
+    def _logs(self, keep: int | None) -> list[Log]:
         scores = [Log(self.output / FILE, keep, COLUMNS)] if self.diagnostics is not None else []
         return [Log(self.output / LOG, keep), *scores]
 
     def _plot(self) -> None:
-        plot_training(read_log(self.output / LOG), self.output / PLOT, self._title())
+        self.stepping.plot(self.output, self.config.title)
+        plot_training(read_log(self.output / LOG), self.output / PLOT, self.config.title)
         if self.diagnostics is not None:
-            plot_diagnostics({"scores": read_log(self.output / FILE)}, self.output / PICTURE, self._title())
+            plot_diagnostics({"scores": read_log(self.output / FILE)}, self.output / PICTURE, self.config.title)
 
     def _step(self, batch: Tensor) -> dict[str, float | int | None]:
         """One update of weights and quantiles; none of either where a term or a gradient is not finite.
@@ -196,6 +201,7 @@ class Trainer:
         terms = self.criterion(output, x, self.model.aux_loss())
         began += self._measure_conflict(terms)
         terms["loss"].backward()
+        self.stepping.after_backward()
         self.aux_optimizer.zero_grad(set_to_none=True)
         terms["aux"].backward()
         norm = get_total_norm([p.grad for p in self.main if p.grad is not None])
@@ -230,7 +236,7 @@ class Trainer:
     def _update(self, norm: Tensor, loss: float) -> None:
         if self.config.clip > 0:
             clip_grads_with_norm_(self.main, self.config.clip, norm)
-        self.optimizer.step()
+        self.stepping.step()
         self.aux_optimizer.step()
         self.progress.loss_sum += loss
         self.progress.loss_count += 1
@@ -257,7 +263,9 @@ class Trainer:
 
     def _after_step(self) -> None:
         every = self.config.checkpoint_every
-        if self.progress.position == self.schedule.steps_per_epoch:
+        epoch_ended = self.progress.position == self.schedule.steps_per_epoch
+        self.stepping.after_step(self.progress.step, epoch_ended)
+        if epoch_ended:
             self._end_epoch()
         elif every is not None and self.progress.step % every == 0:
             self._save()
@@ -331,7 +339,8 @@ class Trainer:
             "progress": dataclasses.asdict(self.progress),
             "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
             "versions": versions(),
-            "diagnostics": None if self.diagnostics is None else self.diagnostics.state_dict(),
+            "stdet": self.stepping.state_dict(),
+            "diagnostics": self.diagnostics and self.diagnostics.state_dict(),
         }
         save_checkpoint(self.output / CHECKPOINT, contents)
         self._saved_step = self.progress.step
@@ -344,7 +353,7 @@ class Trainer:
                 f"got {len(self.photos)} or others by name; give the same --data and --val, or a new --output"
             )
         load_weights(self.model, saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        self.stepping.load_state_dict(saved["optimizer"], saved.get("stdet"))
         self.aux_optimizer.load_state_dict(saved["aux_optimizer"])
         self.scheduler.load_state_dict(saved["scheduler"])
         if self.diagnostics is not None and saved.get("diagnostics"):
@@ -374,10 +383,6 @@ class Trainer:
             "versions": versions(),
         }
         atomic_write(self.output / CONFIG, (json.dumps(contents, indent=2) + "\n").encode())
-
-    def _title(self) -> str:
-        tricks = " + SMA" if self.config.sma else ""
-        return f"{self.config.model}, lambda {self.config.lmbda:g}, {self.config.optimizer}{tricks}"
 
     def _bar(self):
         return optional_import("tqdm").tqdm(

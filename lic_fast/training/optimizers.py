@@ -21,6 +21,10 @@ OPTIMIZERS: dict[str, Factory] = {
     "adam-fused": lambda model, lr: torch.optim.Adam(_main(model), lr=lr, fused=True),
     "soap": lambda model, lr: SOAP(param_groups(model), lr=lr, weight_decay=0.0),  # as Adam above: no decay
 }
+STDET_OPS = (
+    "cmd_assign", "embed_select", "rls_update_", "sensitivity_accumulate_", "stdet_adam_step_", "stdet_mask_",
+    "stdet_reconstruct_",
+)  # fmt: skip
 OPS = {"soap": ("soap_update_", "adam_update_", "refresh_eigenbasis", "rotate_moments_")}
 
 
@@ -59,7 +63,7 @@ def insisted_backend(config: TrainConfig) -> Iterator[None]:
         yield
         return
     with use_backend(config.backend):
-        for op in ("sma_update_", *OPS.get(config.optimizer, ())):
+        for op in ("sma_update_", *OPS.get(config.optimizer, ()), *(STDET_OPS if config.stdet else ())):
             told = explain(op, resolve_device(config.device, "train"))
             if told.chosen is None:
                 reason = told.reasons[config.backend]

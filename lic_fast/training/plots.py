@@ -6,6 +6,7 @@ import io
 import math
 import statistics
 from pathlib import Path
+from typing import Any
 
 from lic_fast.training.errors import optional_import
 from lic_fast.training.files import atomic_write
@@ -128,3 +129,50 @@ def plot_diagnostics(runs: dict[str, list[dict[str, str]]], path: Path, title: s
     axes[-1].set_xlabel("step")
     axes[0].set_title(title, fontsize=10)
     _write(figure, path)
+
+
+def plot_embedding(rows: list[dict[str, str]], stdet: Any, path: Path, title: str) -> None:
+    """Shares over the epochs, explained variance of the embeddable weights, and trajectories of some sampled weights
+    beside k * reference + d with the coefficients of now. Raises TrainingError (disk).
+    """
+    figure = _figure(11.0, 7.5)
+    axes = figure.subplots(2, 2)
+    weights = stdet.weights
+    epochs = [int(row["epoch"]) for row in rows]
+    for name in ("true", "dummy"):
+        axes[0, 0].plot(epochs, [100 * int(row[name]) / weights for row in rows], label=name, linewidth=1.6)
+    axes[0, 0].plot(epochs, [100 * float(row["trainable_share"]) for row in rows], label="trainable", linewidth=1.6)
+    axes[0, 0].set(xlabel="epoch", ylabel="share of the weights [%]")
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    explained = stdet.report().explained
+    bins = explained.shape[1]
+    below = [0.0] * bins
+    for mode, counts in enumerate((explained.double() / explained.sum()).tolist()):
+        axes[0, 1].bar([(i + 0.5) / bins for i in range(bins)], counts, 1 / bins, bottom=below, label=f"mode {mode}")
+        below = [a + b for a, b in zip(below, counts, strict=True)]
+    axes[0, 1].set(xlabel="explained variance over the warm-up", ylabel="share of the embeddable weights")
+    axes[0, 1].legend(frameon=False, fontsize=6, ncols=2)
+    _plot_trajectories(axes[1], stdet.trajectories(), stdet.schedule.warmup_epochs)
+    for axis in axes.flat:
+        _style(axis)
+    figure.suptitle(title, fontsize=10)
+    _write(figure, path)
+
+
+def _plot_trajectories(axes: Any, told: dict[str, Any], warmup: int) -> None:
+    """Left: eight weights and what their references make of them. Right: how far off that is, over all sampled."""
+    embeddable = (told["mode"] >= 0).nonzero().flatten().tolist()
+    epochs = list(range(1, len(told["values"]) + 1))
+    for number, i in enumerate(embeddable[:: max(1, len(embeddable) // 8)][:8]):
+        start = told["values"][0, i]
+        axes[0].plot(epochs, (told["values"][:, i] - start).tolist(), color=f"C{number}", linewidth=1.4)
+        axes[0].plot(epochs, (told["rebuilt"][:, i] - start).tolist(), color=f"C{number}", linewidth=1, linestyle="--")
+    axes[0].axvline(warmup, color="#555555", linewidth=0.8)
+    axes[0].set(xlabel="epoch", ylabel="weight - its first value (dashed: k ref + d)")
+    values = told["values"][:, embeddable]
+    off = (told["rebuilt"][:, embeddable] - values).abs() / values.std(0).clamp(min=1e-12)
+    for share, style in ((0.5, "-"), (0.9, "--")):
+        axes[1].plot(epochs, off.quantile(share, 1).tolist(), style, color="#1f77b4", label=f"{share:.0%} of weights")
+    axes[1].axvline(warmup, color="#555555", linewidth=0.8)
+    axes[1].set(xlabel="epoch", ylabel="|rebuilt - weight| / its standard deviation", yscale="log")
+    axes[1].legend(frameon=False, fontsize=8)

@@ -24,7 +24,8 @@ class TrainResult:
     """What a run came to. final_*: means over the last tenth of its steps, skipped ones left out;
     step_seconds and optimizer_seconds: medians (data loading left out of both); seconds: wall time of this
     call; peak_memory_bytes: of the CUDA allocator, or else of the whole process (None where the system does
-    not tell); optimizer_skipped: updates of single parameters that the optimizer itself left out (SOAP).
+    not tell); optimizer_skipped: updates of single parameters that the optimizer itself left out (SOAP);
+    embedding: STDET's report.
     """
 
     output: str
@@ -41,6 +42,7 @@ class TrainResult:
     skipped: int
     broken_images: int
     optimizer_skipped: int = 0
+    embedding: str = ""
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -55,6 +57,7 @@ def sum_up(
     device: torch.device,
     seconds: float,
     optimizer_skipped: int = 0,
+    embedding: str = "",
 ) -> TrainResult:
     """The result of the run that wrote log.csv in `config.output` and stands at `progress`."""
     rows = read_log(Path(config.output) / LOG)
@@ -74,6 +77,7 @@ def sum_up(
         skipped=progress["skipped"],
         broken_images=broken,
         optimizer_skipped=optimizer_skipped,
+        embedding=embedding,
     )
 
 

@@ -1,0 +1,140 @@
+"""The trajectories of the warm-up, kept on the host, and the modes that are found in them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..functional import FlatLayout, cmd_assign, in_memory_order
+from ._cmd import ModeSums, find_modes, sample_places
+
+CHUNK = 1 << 22  # weights that are on the device at once
+BINS = 20  # of explained variance
+
+
+class Snapshots:
+    """All weights once an epoch, [epochs, places] on the host, and those of a sample exactly, for good.
+
+    precise=False keeps what each weight has moved since the first snapshot, in bf16 (a correlation does not see the
+    starting point, and the movement has all of bf16's digits), beside the starting point itself: 2 bytes a weight and
+    epoch, and 4. precise=True keeps the weights themselves in `dtype`.
+    """
+
+    def __init__(
+        self, layout: FlatLayout, controlled: Sequence[bool], epochs: int, samples: int, precise: bool,
+        dtype: torch.dtype, seed: int,
+    ) -> None:  # fmt: skip
+        self.layout, self.epochs, self.precise, self.dtype = layout, epochs, precise, dtype
+        sizes = [size if taken else 0 for size, taken in zip(layout.sizes, controlled, strict=True)]
+        self.sample = sample_places(layout.starts, sizes, samples, seed)
+        self.history: list[Tensor] = []  # [samples] fp64 an epoch
+        self.rows: Tensor | None = None  # [epochs, places]
+        self.start: Tensor | None = None  # [places]
+        self.taken = 0
+
+    def add_sample(self, values: Sequence[Tensor]) -> None:
+        """Keeps the exact values of the sampled weights."""
+        tensor = torch.searchsorted(torch.tensor(self.layout.starts[1:]), self.sample, right=True)
+        exact = torch.empty(len(self.sample), dtype=torch.float64)
+        for t in tensor.unique().tolist():
+            inside = tensor == t
+            within = (self.sample[inside] - self.layout.starts[t]).to(values[t].device)
+            exact[inside] = in_memory_order(values[t])[within].double().cpu()
+        self.history.append(exact)
+
+    def add(self, values: Sequence[Tensor]) -> None:
+        """Keeps all weights; `values` are dense, one tensor for each of the layout's."""
+        if self.rows is None:
+            places = self.layout.starts[-1]
+            kind = self.dtype if self.precise else torch.bfloat16
+            self.rows = torch.zeros(self.epochs, places, dtype=kind)
+            self.start = None if self.precise else torch.zeros(places, dtype=self.dtype)
+        row = self.layout.split(self.rows[self.taken])
+        starts = [None] * len(row) if self.start is None else self.layout.split(self.start)
+        for part, start, value in zip(row, starts, values, strict=True):
+            own = in_memory_order(value).to("cpu", self.dtype)
+            if start is None:
+                part.copy_(own)
+            else:
+                if self.taken == 0:
+                    start.copy_(own)
+                part.copy_(own - start)
+        self.taken += 1
+
+    def find_modes(self, modes: int) -> Modes:
+        """References and their trajectories. Raises ImportError where SciPy is missing."""
+        trajectories = torch.stack(self.history[: self.taken], 1)
+        rows, labels = find_modes(trajectories, modes)
+        return Modes(self.sample[rows], trajectories[rows], torch.bincount(torch.tensor(labels), minlength=len(rows)))
+
+    def assign(self, modes: Modes, embeddable: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(code, k, d) on the device of `embeddable` [places] bool; counts explained variances into modes.explained.
+
+        The trajectories visit the device CHUNK weights at a time.
+        """
+        device, layout = embeddable.device, self.layout
+        code = layout.new_code(device)
+        total = int(embeddable.sum())
+        k, d = (torch.empty(total, dtype=self.dtype, device=device) for _ in range(2))
+        refs, filled = modes.trajectories.to(device), 0
+        for begin in range(0, layout.starts[-1], CHUNK):
+            end = min(begin + CHUNK, layout.starts[-1])
+            chosen = embeddable[begin:end]
+            mode, factor, shift, correlation = cmd_assign(self.rows[: self.taken, begin:end].to(device), refs)
+            if self.start is not None:
+                shift += self.start[begin:end].to(device)
+            code[begin:end] = torch.where(chosen, mode, code[begin:end])
+            mode, correlation = mode[chosen], correlation[chosen]
+            stop = filled + len(mode)
+            k[filled:stop], d[filled:stop] = factor[chosen], shift[chosen]
+            modes.count_explained(mode, correlation)
+            filled = stop
+        return code, k, d
+
+    def release(self) -> None:
+        """Forgets all but the sample: the modes are found."""
+        self.rows = self.start = None
+
+    def state_dict(self) -> dict[str, Any]:
+        rows = None if self.rows is None else self.rows[: self.taken]
+        history = torch.stack(self.history) if self.history else None
+        return {"sample": self.sample, "history": history, "rows": rows, "start": self.start, "taken": self.taken}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sample, self.taken = state["sample"].cpu(), int(state["taken"])
+        self.history = [] if state["history"] is None else list(state["history"].cpu().unbind(0))
+        self.start = None if state["start"] is None else state["start"].cpu().clone()
+        self.rows = None
+        if state["rows"] is not None:
+            self.rows = torch.zeros(self.epochs, state["rows"].shape[1], dtype=state["rows"].dtype)
+            self.rows[: self.taken] = state["rows"]
+
+
+class Modes:
+    """The modes: their references' places and trajectories, sizes in the sample, and how well they explain weights."""
+
+    def __init__(self, places: Tensor, trajectories: Tensor, sampled: Tensor) -> None:
+        self.places, self.trajectories, self.sampled = places, trajectories, sampled
+        self.explained = torch.zeros(len(places), BINS, dtype=torch.int64)
+        self.sums = ModeSums(trajectories)
+
+    def count_explained(self, mode: Tensor, correlation: Tensor) -> None:
+        """Counts embeddable weights by mode and by the share of their variance that the reference explains."""
+        share = (correlation.double().square() * BINS).long().clamp_(0, BINS - 1)
+        cells = torch.bincount(mode.long() * BINS + share, minlength=self.explained.numel())
+        self.explained += cells.cpu().view_as(self.explained)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "places": self.places, "trajectories": self.trajectories, "sampled": self.sampled,
+            "explained": self.explained, "sums": self.sums.state_dict(),
+        }  # fmt: skip
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Modes:
+        modes = cls(state["places"].cpu(), state["trajectories"].cpu(), state["sampled"].cpu())
+        modes.explained, modes.sums = state["explained"].cpu(), ModeSums.from_state(state["sums"])
+        return modes
