@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -171,9 +172,8 @@ def _ends(name: str, values: Sequence[Tensor], settings: Settings) -> tuple[list
         for p in params:
             p.grad = None
         if epoch in (2, warmup, warmup + 1, len(kinds)):  # on a copy: recording every allocation takes time
-            twin = copy.deepcopy((params, stdet))[1]
-            peaks[kind] = max(peaks[kind], peak_allocated(twin.epoch_end, device))
-            del twin
+            twin = partial(copy.deepcopy, (params, stdet))
+            peaks[kind] = max(peaks[kind], peak_allocated(twin, lambda pair: pair[1].epoch_end(), device))
         times[kind].append(_timed(stdet.epoch_end, device))
     weights = sum(p.numel() for p in params)
     inputs = parameters.label(name, params)

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from ..functional import FlatLayout, in_memory_order, stdet_adam_step_
 
-CHUNK = 1 << 22
+CHUNK = 1 << 18  # places that are looked at at once: what that takes is not a matter of the model's size
 
 
 def why_not(optimizer: Optimizer) -> str | None:
@@ -42,19 +42,16 @@ class CompactAdam:
 
     def take_over(self, code: Tensor, dtype: torch.dtype) -> None:
         """Moves the moments of all elements that have a place out of the optimizer's state, tensor by tensor."""
-        has = [part & FlatLayout.STATELESS == 0 for part in self.layout.split(code)]
-        places = sum(int(x.sum()) for x in has)
+        parts = self.layout.split(code)
+        sizes = [int((part & FlatLayout.STATELESS == 0).count_nonzero()) for part in parts]
         states = [self.optimizer.state.get(p, {}) for p in self.params]
         self.counts = [int(state.get("step", 0)) for state in states]
         for name in ("exp_avg", "exp_avg_sq"):
-            flat = torch.zeros(places, dtype=dtype, device=code.device)
-            begin = 0
-            for p, state, own in zip(self.params, states, has, strict=True):
-                end = begin + int(own.sum())
+            flat = torch.zeros(sum(sizes), dtype=dtype, device=code.device)
+            for p, state, part, own in zip(self.params, states, parts, flat.split(sizes), strict=True):
                 if name in state:
                     moments = torch.empty_like(p, dtype=dtype).copy_(state.pop(name))
-                    flat[begin:end] = in_memory_order(moments)[own]
-                begin = end
+                    own.copy_(in_memory_order(moments)[part & FlatLayout.STATELESS == 0])
             setattr(self, name, flat)
         for p in self.params:
             self.optimizer.state.pop(p, None)

@@ -93,7 +93,7 @@ class Embedding:
     def draw(self, change: Tensor, more: int, dummies: int) -> tuple[Tensor, Tensor]:
         """(embedded for good from now on, dummies), [places] bool: the weights whose coefficients moved least."""
         true = embed_select(change, more)
-        return true, embed_select(change, more + dummies) ^ true
+        return true, embed_select(change, more + dummies).bitwise_xor_(true)
 
     def release_dummies(self) -> None:
         """Dummies that were tied are free again."""
@@ -105,7 +105,7 @@ class Embedding:
     def embed(self, true: Tensor, dummies: Tensor, freeze: bool) -> None:
         """Marks weights as embedded for good, and dummies as tied until the next event where `freeze`."""
         self.code.bitwise_or_(true.to(torch.uint8).mul_(TIED | STATELESS))
-        self.true, self.dummy = self.true + int(true.sum()), int(dummies.sum())
+        self.true, self.dummy = self.true + int(true.count_nonzero()), int(dummies.count_nonzero())
         if freeze:
             self.code.bitwise_or_(dummies.to(torch.uint8).mul_(TIED))
             self._frozen = self.dummy > 0

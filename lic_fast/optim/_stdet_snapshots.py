@@ -11,7 +11,7 @@ from torch import Tensor
 from ..functional import FlatLayout, cmd_assign, in_memory_order
 from ._cmd import ModeSums, find_modes, sample_places
 
-CHUNK = 1 << 22  # weights that are on the device at once
+CHUNK = 1 << 19  # weights whose trajectories are on the device at once
 BINS = 20  # of explained variance
 
 
@@ -77,7 +77,7 @@ class Snapshots:
         """
         device, layout = embeddable.device, self.layout
         code = layout.new_code(device)
-        total = int(embeddable.sum())
+        total = int(embeddable.count_nonzero())
         k, d = (torch.empty(total, dtype=self.dtype, device=device) for _ in range(2))
         refs, filled = modes.trajectories.to(device), 0
         for begin in range(0, layout.starts[-1], CHUNK):

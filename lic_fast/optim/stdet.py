@@ -222,21 +222,16 @@ class STDET:
         e.release_dummies()
         if self.continuity:
             e.continue_from(true, self._params)
-        self._hand_over(true)
+        if self._adam is not None:
+            self._adam.drop(e.code, true)
         e.embed(true, dummy, freeze=self.dummy_mode == "freeze_epoch")
         del true
+        if e.ties and self._adam is None and self._may_fuse():
+            self._adam = CompactAdam(self._inner, self._params, self._layout)
+            self._adam.take_over(e.code, self._dtype)
         self._rebuild_all(dummy)
         if schedule.period > 1:
             e.remember()
-
-    def _hand_over(self, true: Tensor) -> None:
-        """Moments of weights that are embedded now are released; the first time, the optimizer's become ours."""
-        e = self._embedding
-        if self._adam is not None:
-            self._adam.drop(e.code, true)
-        elif self._may_fuse() and (self.dummy_mode == "freeze_epoch" or bool(true.any())):
-            self._adam = CompactAdam(self._inner, self._params, self._layout)
-            self._adam.take_over(e.code | true.to(torch.uint8).mul_(FlatLayout.STATELESS), self._dtype)
 
     def _may_fuse(self) -> bool:
         return self.fused is not False and self.gradient != "overwrite" and why_not(self._inner) is None

@@ -44,7 +44,10 @@ def starts(sizes: Sequence[int]) -> list[int]:
 def base_of(code: Tensor) -> Tensor:
     """The table `base` [places / BLOCK, 2] int64 that belongs to `code`."""
     blocks = code.view(-1, BLOCK)
-    counts = torch.stack([(blocks & STATELESS).eq(0).sum(1), (blocks & OUTSIDE).ne(OUTSIDE).sum(1)], 1)
+    counts = torch.empty(len(blocks), 2, dtype=torch.int64, device=code.device)
+    for part, count in zip(blocks.split(1024), counts.split(1024), strict=True):  # a sum of bools makes them int64
+        count[:, 0] = (part & STATELESS).eq(0).sum(1)
+        count[:, 1] = (part & OUTSIDE).ne(OUTSIDE).sum(1)
     return counts.cumsum(0) - counts
 
 
