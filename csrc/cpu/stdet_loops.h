@@ -105,8 +105,8 @@ LIC_FAST_INLINE void average_loop(P* __restrict__ p, T* __restrict__ slow, const
 }
 
 template <class T>
-struct Buffers {  // dense values of a piece
-  alignas(64) T m[kPiece], v[kPiece], k[kPiece], d[kPiece], r[kPiece];
+struct Buffers {  // values of a piece, one for each element, or packed
+  alignas(64) T m[kPiece], v[kPiece], k[kPiece], d[kPiece], r[kPiece], p[kPiece + 16], g[kPiece + 16];
 };
 
 template <class T>
@@ -114,6 +114,49 @@ struct Cursor {  // where a block's compact values go on, and where they end
   T *m = nullptr, *v = nullptr, *m_end = nullptr, *v_end = nullptr;
   const T *k = nullptr, *d = nullptr, *k_end = nullptr, *d_end = nullptr;
 };
+
+// Where every element with moments is free: p and g are packed like m and v, which the loop then walks where they lie,
+// so that roots and quotients are taken of these elements only.
+template <class Isa, class P, class T>
+LIC_FAST_INLINE void adam_packed(P* p, const P* g, const uint8_t* code, const uint64_t* state, int64_t states,
+                                 int64_t n, const Coefficients<T>& h, Cursor<T>& at, Buffers<T>& x) {
+  using Form = Compact<Isa, T>;
+  constexpr int64_t kTail = 16;  // a fixed count, which is vectorised whole
+  for (int64_t i = 0; i < n; ++i) {
+    x.k[i] = convert<T>(p[i]);
+    x.d[i] = convert<T>(g[i]);
+  }
+  Form::compress(x.p, x.p + kPiece, state, x.k);
+  Form::compress(x.g, x.g + kPiece, state, x.d);
+  const int64_t whole = states / kTail * kTail, left = states - whole;
+  adam_loop<true>(x.p, x.g, at.m, at.v, code, whole, h);
+  if (left) {
+    alignas(64) T m[kTail] = {}, v[kTail] = {};
+    std::copy(at.m + whole, at.m + states, m);
+    std::copy(at.v + whole, at.v + states, v);
+    adam_loop<true>(x.p + whole, x.g + whole, m, v, code, kTail, h);
+    std::copy(m, m + left, at.m + whole);
+    std::copy(v, v + left, at.v + whole);
+  }
+  at.m += states;
+  at.v += states;
+  Form::expand(x.p, x.p + kPiece, state, x.k);
+  for (int64_t i = 0; i < n; ++i) p[i] = select((code[i] & kStateless) == 0, convert<P>(x.k[i]), p[i]);
+}
+
+// Where some elements with moments are tied: m and v are spread out, all elements are computed, the free ones kept.
+template <class Isa, class P, class T>
+LIC_FAST_INLINE void adam_spread(P* p, const P* g, const uint8_t* code, const uint64_t* state, int64_t n,
+                                 const Coefficients<T>& h, Cursor<T>& at, Buffers<T>& x) {
+  using Form = Compact<Isa, T>;
+  T* m_next = const_cast<T*>(Form::expand(at.m, at.m_end, state, x.m));
+  T* v_next = const_cast<T*>(Form::expand(at.v, at.v_end, state, x.v));
+  adam_loop<false>(p, g, x.m, x.v, code, n, h);
+  Form::compress(at.m, m_next, state, x.m);
+  Form::compress(at.v, v_next, state, x.v);
+  at.m = m_next;
+  at.v = v_next;
+}
 
 template <class Isa, class P, class T>
 LIC_FAST_INLINE void adam_piece(P* p, const P* g, const uint8_t* code, const uint64_t* state, const uint64_t* tied,
@@ -126,14 +169,13 @@ LIC_FAST_INLINE void adam_piece(P* p, const P* g, const uint8_t* code, const uin
     at.v += n;
     return;
   }
-  using Form = Compact<Isa, T>;
-  T* m_next = const_cast<T*>(Form::expand(at.m, at.m_end, state, x.m));
-  T* v_next = const_cast<T*>(Form::expand(at.v, at.v_end, state, x.v));
-  adam_loop<false>(p, g, x.m, x.v, code, n, h);
-  Form::compress(at.m, m_next, state, x.m);
-  Form::compress(at.v, v_next, state, x.v);
-  at.m = m_next;
-  at.v = v_next;
+  uint64_t frozen = 0;
+  for (int64_t w = 0; w < kPieceWords; ++w) frozen |= state[w] & tied[w];
+  if (frozen) {
+    adam_spread<Isa>(p, g, code, state, n, h, at, x);
+  } else {
+    adam_packed<Isa>(p, g, code, state, states, n, h, at, x);
+  }
 }
 
 // Asks for `bytes` from `data` on: pages end where blocks do, and the processor's own prefetching stops at their ends.
