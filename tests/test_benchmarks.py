@@ -117,6 +117,12 @@ def test_cases_take_turns_and_the_warm_up_is_not_counted() -> None:
     assert samples == {"a": [9.0, 15.0], "b": [12.0, 18.0]}
 
 
+def test_a_slow_case_is_timed_three_times() -> None:
+    cases = [_harness.Case(name, lambda name=name: name, lambda out: [], 1, 1) for name in ("slow", "fast")]
+    samples = _harness.measure(cases, 6, lambda run: 6000.0 if run() == "slow" else 1.0)
+    assert {name: len(taken) for name, taken in samples.items()} == {"slow": 3, "fast": 6}
+
+
 def test_percentiles_on_a_fake_clock() -> None:
     now = [0.0]
     durations = iter([0.005, 0.001, 0.003, 0.002, 0.004, 0.006])
