@@ -179,10 +179,11 @@ def test_rows_with_gaps_and_misaligned_rows(device, backend, dtype, first):
 @pytest.mark.parametrize("backend", [b for d, b in EVERY_BACKEND.args[1] if d == "cpu" and b != "triton"])
 def test_any_number_of_threads(backend):
     snapshots, refs = walks(8, 70_001, 13, torch.bfloat16)
-    results = []
+    results, before = [], torch.get_num_threads()
     for threads in (1, 2):
         torch.set_num_threads(threads)
         results.append(run(backend, snapshots, refs))
+    torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
@@ -222,3 +223,10 @@ def test_bad_input_is_named(snapshots, refs, error, message):
     with pytest.raises(error, match=message) as caught:
         cmd_assign(snapshots, refs)
     assert "\n" not in str(caught.value) and str(caught.value).startswith("cmd_assign: ")
+
+
+@pytest.mark.skipif("cpp" not in lic_fast.explain("cmd_assign", "cpu").reasons, reason="not built")
+@pytest.mark.parametrize("shape", [(0, 5), (2, 4), (257, 5)])
+def test_the_op_reads_nothing_beyond_refs(shape):
+    with lic_fast.use_backend("cpp"), pytest.raises(RuntimeError, match=r"refs must be \[M, T\]"):
+        torch.ops.lic_fast.cmd_assign(torch.ones(5, 100), torch.ones(shape, dtype=torch.float64))

@@ -100,10 +100,11 @@ def test_a_million(device, backend, dtype):
 @pytest.mark.parametrize("backend", [b for d, b in EVERY_BACKEND.args[1] if d == "cpu" and b != "triton"])
 def test_any_number_of_threads(backend):
     values = torch.randn(300_007, generator=torch.Generator().manual_seed(3)).round(decimals=1)
-    results = []
+    results, before = [], torch.get_num_threads()
     for threads in (1, 2):
         torch.set_num_threads(threads)
         results.append(run(backend, values, 100_000))
+    torch.set_num_threads(before)
     assert torch.equal(*results) and int(results[0].sum()) == 100_000
 
 

@@ -349,3 +349,17 @@ def test_shared_memory_is_refused():
             rls_update_(*(args[j] if place == i else x for place, x in enumerate(args)))
     with pytest.raises(ValueError, match=r"d and params\[0\] share memory"):
         rls_update_([args[4]], *args[1:])
+
+
+@pytest.mark.skipif("cpp" not in lic_fast.explain("rls_update_", "cpu").reasons, reason="not built")
+@pytest.mark.parametrize("begin", [-1, 3000 - 951, 1 << 20, 1 << 62, -(1 << 62)])
+def test_a_base_that_is_wrong_leads_nowhere(begin):
+    """A block whose coefficients would lie outside k and d is left alone, and told."""
+    args = embedded([(3000,)], code_of=free(10))
+    expected = copies(args)
+    reference(*expected)
+    args[2][2, 1], old = begin, copies(args)
+    with lic_fast.use_backend("cpp"), pytest.raises(RuntimeError, match="base does not count what code holds"):
+        rls_update_(*args)
+    for i in (3, 4):
+        assert torch.equal(args[i][:2048], expected[i][:2048]) and torch.equal(args[i][2048:], old[i][2048:])

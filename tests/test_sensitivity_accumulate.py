@@ -106,6 +106,14 @@ def test_terms_that_are_not_finite_count_as_nothing(device, backend, kind):
 
 
 @EVERY_BACKEND
+@EVERY_KIND
+def test_no_term_is_negative_zero(device, backend, kind):
+    s = torch.full((40,), -0.0, device=device)
+    run([s], [torch.ones(40, device=device)], [torch.full((40,), -0.0, device=device)], kind, backend)
+    assert not s.signbit().any()
+
+
+@EVERY_BACKEND
 def test_tensors_without_a_gradient_are_left_alone(device, backend):
     s, params, grads = lists([(700,), (3, 5), (0,), (2049,)], device=device)
     before = clones(s)

@@ -222,3 +222,12 @@ def test_empty_lists(device):
     assert_steps_like_the_specification(args)
     module().stdet_reconstruct_(*(args[name] for name in ("params", "code", "base", "k", "d", "refs")))
     module().stdet_mask_(args["grads"], args["code"], [0, 0])
+
+
+def test_the_default_dtype_does_not_matter(device):
+    args = case(device=device)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert_steps_like_the_specification(args, 0.8)
+    finally:
+        torch.set_default_dtype(torch.float32)

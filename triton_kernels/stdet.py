@@ -214,7 +214,7 @@ def _launch(
     )  # fmt: skip
     exp_avg, exp_avg_sq = moments or (k, d)  # never read without a step
     table = k if hyper is None else _sent(hyper, device)
-    values = torch.empty(2 * MODES, device=device)
+    values = torch.empty(2 * MODES, dtype=torch.float32, device=device)
     how = (TYPES[params[0].dtype], hyper is not None, bool(slow), alpha != 1.0, reset, BLOCK, MODES)
     with torch.cuda.device_of(code):
         stdet_references_kernel[(1,)](

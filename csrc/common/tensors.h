@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -44,6 +45,48 @@ inline bool overlap(const Tensor& a, const Tensor& b) {
   const uintptr_t b_first = reinterpret_cast<uintptr_t>(b.const_data_ptr());
   return a_first < b_first + b.numel() * b.element_size() && b_first < a_first + a.numel() * a.element_size();
 }
+
+// The memory of dense tensors that are read and written, sorted once: far cheaper than comparing each with each.
+class Memory {
+ public:
+  Memory(std::initializer_list<const Tensor*> read, std::initializer_list<const Tensor*> written) {
+    for (const Tensor* tensor : read) add(*tensor, false);
+    for (const Tensor* tensor : written) add(*tensor, true);
+  }
+
+  Memory& add(const Tensor& tensor, bool written) {
+    const uintptr_t first = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+    if (tensor.numel()) spans_.push_back({first, first + tensor.numel() * tensor.element_size(), written});
+    return *this;
+  }
+  Memory& reads(const std::vector<Tensor>& tensors) {
+    for (const Tensor& tensor : tensors) add(tensor, false);
+    return *this;
+  }
+  Memory& writes(const std::vector<Tensor>& tensors) {
+    for (const Tensor& tensor : tensors) add(tensor, true);
+    return *this;
+  }
+
+  // Whether none that is written shares a byte with another.
+  bool disjoint() {
+    std::sort(spans_.begin(), spans_.end(), [](const Span& a, const Span& b) { return a.first < b.first; });
+    uintptr_t any_end = 0, written_end = 0;
+    for (const Span& span : spans_) {
+      if (span.first < (span.written ? any_end : written_end)) return false;
+      any_end = std::max(any_end, span.end);
+      if (span.written) written_end = std::max(written_end, span.end);
+    }
+    return true;
+  }
+
+ private:
+  struct Span {
+    uintptr_t first, end;
+    bool written;
+  };
+  std::vector<Span> spans_;
+};
 
 inline void check_same_numel(const Tensor& a, const Tensor& b) {
   STD_TORCH_CHECK(a.numel() == b.numel(), "lic_fast: sizes differ, got ", a.numel(), " and ", b.numel());

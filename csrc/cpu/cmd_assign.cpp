@@ -303,10 +303,14 @@ void cmd_assign_out(Tensor snapshots, Tensor directions, Tensor mean, Tensor nor
   for (const Tensor* t : {&mode, &k, &d, &correlation}) {
     STD_TORCH_CHECK(t->numel() == n && t->is_contiguous(), "cmd_assign: an output of another size than snapshots");
   }
+  const int64_t modes = directions.size(0);
+  STD_TORCH_CHECK(1 <= modes && modes <= 256 && directions.size(1) == snapshots.size(0) && mean.numel() == modes &&
+                      norm.numel() == modes,
+                  "cmd_assign: refs must be [M, T] with 1 <= M <= 256 for snapshots [T, n]");
   Job job{snapshots.const_data_ptr(),
           snapshots.stride(0),
           snapshots.size(0),
-          directions.size(0),
+          modes,
           static_cast<const double*>(directions.const_data_ptr()),
           static_cast<const double*>(mean.const_data_ptr()),
           static_cast<const double*>(norm.const_data_ptr()),

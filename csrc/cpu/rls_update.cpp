@@ -6,27 +6,23 @@
 // stretches that fit the first-level cache: k and d are spread to their places (not where all elements of the
 // stretch are embeddable), the four values of each mode looked up, then plain loops; a stretch without free elements
 // reads its code only. Takes w fp32 or bf16 with k, d, change fp32, and fp64 throughout. Arithmetic is unfused, in
-// fp64.
+// fp64. A block whose coefficients would lie outside k and d is skipped, and the op raises at its end.
 #include <cmath>
 #include <limits>
 #include <type_traits>
 
-#include "cpu/parallel.h"
-#include "cpu/simd.h"
+#include "cpu/embedded.h"
 
 namespace lic_fast {
 namespace {
 
-constexpr int64_t kPlaces = 1024;  // of a block
-constexpr int64_t kStretch = 128;  // divides kPlaces
+constexpr int64_t kStretch = 128;  // divides kBlock
 constexpr int64_t kGrain = 32;     // blocks: less than this stays on one thread
-constexpr int64_t kRows = 64;
-constexpr uint8_t kTied = 0x80, kStateless = 0x40, kOutside = 0x3F;
 
 enum Column : int64_t { kR, kG0, kG1, kNorm, kColumns };
 
 struct Gains {  // NaN beyond the last mode
-  alignas(64) double rows[kRows][kColumns];
+  alignas(64) double rows[kModes][kColumns];
   alignas(64) double first16[kColumns][16];  // the same of the first modes, by column
   int64_t modes;
 };
@@ -42,6 +38,7 @@ struct Block {  // the part of it that lies in a tensor
   void* d;
   void* change;  // or null
   int64_t n;
+  int64_t room;  // coefficients from the block's first one on; less than none where that lies outside the tensors
   int32_t type;  // of w
 };
 
@@ -245,8 +242,12 @@ LIC_FAST_INLINE void prefetch(const void* data) {
   for (int64_t i = 0; i < kBytes; i += kLine) __builtin_prefetch(next + i);
 }
 
+// False, nothing written, where the block has more coefficients than there is room for.
 template <class Isa, class W, class K>
-LIC_FAST_INLINE void run_typed(const Block& b, const Gains& gains) {
+LIC_FAST_INLINE bool run_typed(const Block& b, const Gains& gains) {
+  int32_t embeddable = 0;
+  for (int64_t i = 0; i < b.n; ++i) embeddable += is_embeddable(b.code[i]);
+  if (embeddable > b.room) return false;
   K *k = static_cast<K*>(b.k), *d = static_cast<K*>(b.d), *change = static_cast<K*>(b.change);
   const W* w = static_cast<const W*>(b.w);
   for (int64_t begin = 0; begin < b.n; begin += kStretch) {
@@ -260,25 +261,26 @@ LIC_FAST_INLINE void run_typed(const Block& b, const Gains& gains) {
     k += taken;
     d += taken;
   }
-  if (change) std::fill(change + b.n, change + kPlaces, std::numeric_limits<K>::quiet_NaN());  // padding
+  if (change) std::fill(change + b.n, change + kBlock, std::numeric_limits<K>::quiet_NaN());  // padding
+  return true;
 }
 
 template <class Isa>
-LIC_FAST_INLINE void run_block_body(const Block& b, const Gains& gains) {
+LIC_FAST_INLINE void run_block_body(const Block& b, const Gains& gains, bool* fits) {
   switch (b.type) {
-    case kFloat32: return run_typed<Isa, float, float>(b, gains);
-    case kBFloat16: return run_typed<Isa, BFloat16, float>(b, gains);
-    default: return run_typed<Isa, double, double>(b, gains);
+    case kFloat32: *fits = run_typed<Isa, float, float>(b, gains); break;
+    case kBFloat16: *fits = run_typed<Isa, BFloat16, float>(b, gains); break;
+    default: *fits = run_typed<Isa, double, double>(b, gains);
   }
 }
 
-LIC_FAST_SIMD_VARIANTS(run_block, (const Block& b, const Gains& gains), (b, gains));
+LIC_FAST_SIMD_VARIANTS(run_block, (const Block& b, const Gains& gains, bool* fits), (b, gains, fits));
 
 Gains padded(const Tensor& table) {
   Gains gains;
   gains.modes = table.size(0);
   const double* data = static_cast<const double*>(table.const_data_ptr());
-  for (int64_t m = 0; m < kRows; ++m) {
+  for (int64_t m = 0; m < kModes; ++m) {
     for (int64_t c = 0; c < kColumns; ++c) {
       gains.rows[m][c] = m < gains.modes ? data[kColumns * m + c] : std::numeric_limits<double>::quiet_NaN();
       if (m < 16) gains.first16[c][m] = gains.rows[m][c];
@@ -301,14 +303,14 @@ bool rls_update_(std::vector<Tensor> params, Tensor code, Tensor base, Tensor k,
   std::vector<int64_t> first{0};  // block of each tensor
   for (const Tensor& p : params) {
     if (!p.is_cpu() || dtype_code(p) != type || !is_dense(p)) return false;
-    first.push_back(first.back() + (p.numel() + kPlaces - 1) / kPlaces);
+    first.push_back(first.back() + (p.numel() + kBlock - 1) / kBlock);
   }
   const int64_t blocks = first.back();
-  if (!is_flat(code, ScalarType::Byte, blocks * kPlaces) || !is_flat(base, ScalarType::Long, 2 * blocks)) return false;
+  if (!is_flat(code, ScalarType::Byte, blocks * kBlock) || !is_flat(base, ScalarType::Long, 2 * blocks)) return false;
   if (!is_flat(k, wide, d.numel()) || !is_flat(d, wide, k.numel())) return false;
-  if (gains.dim() != 2 || gains.size(0) >= kRows) return false;
+  if (gains.dim() != 2 || gains.size(0) >= kModes) return false;
   if (!is_flat(gains, ScalarType::Double, kColumns * gains.size(0))) return false;
-  if (change && !is_flat(*change, wide, blocks * kPlaces)) return false;
+  if (change && !is_flat(*change, wide, blocks * kBlock)) return false;
 
   const Gains table = padded(gains);
   const int64_t* slots = static_cast<const int64_t*>(base.const_data_ptr());
@@ -319,17 +321,25 @@ bool rls_update_(std::vector<Tensor> params, Tensor code, Tensor base, Tensor k,
   void *k_data = k.mutable_data_ptr(), *d_data = d.mutable_data_ptr();
   void* change_data = change ? change->mutable_data_ptr() : nullptr;
   const uint8_t* code_data = static_cast<const uint8_t*>(code.const_data_ptr());
+  const int64_t coefficients = k.numel();
+  std::atomic<bool> wrong{false};
   torch::stable::parallel_for(0, blocks, kGrain, [&](int64_t begin, int64_t end) {
     size_t t = std::upper_bound(first.begin(), first.end(), begin) - first.begin() - 1;
     for (int64_t b = begin; b < end; ++b) {
       while (b >= first[t + 1]) ++t;
-      const int64_t at = (b - first[t]) * kPlaces, slot = slots[2 * b + 1];
-      run_block({advance(data[t], at, w_size), code_data + b * kPlaces, advance(k_data, slot, k_size),
-                 advance(d_data, slot, k_size), advance(change_data, b * kPlaces, k_size),
-                 std::min(kPlaces, params[t].numel() - at), type},
-                table);
+      const int64_t at = (b - first[t]) * kBlock;
+      const bool inside = 0 <= slots[2 * b + 1] && slots[2 * b + 1] <= coefficients;
+      const int64_t slot = inside ? slots[2 * b + 1] : 0;
+      bool fits;
+      run_block({advance(data[t], at, w_size), code_data + b * kBlock, advance(k_data, slot, k_size),
+                 advance(d_data, slot, k_size), advance(change_data, b * kBlock, k_size),
+                 std::min(kBlock, params[t].numel() - at), inside ? coefficients - slot : -1, type},
+                table, &fits);
+      if (!fits) wrong = true;
     }
   });
+  STD_TORCH_CHECK(!wrong,
+                  "rls_update_: base does not count what code holds; make it anew with FlatLayout.base_of(code)");
   return true;
 }
 

@@ -4,6 +4,7 @@
 // list is one parallel region over its elements. Takes w and g fp32 or bf16 with s fp32, and all three fp64; s has one
 // dimension, w and g are dense and laid out alike: elements pair in the order of memory. A tensor whose g is empty is
 // left alone. Arithmetic is unfused, in s's dtype.
+#include <cmath>
 #include <limits>
 
 #include "cpu/parallel.h"
@@ -31,7 +32,7 @@ LIC_FAST_INLINE void accumulate(const Piece& c) {
   for (int64_t i = 0; i < c.n; ++i) {
     const Acc slope = convert<Acc>(g[i]);
     Acc term = kind == kTaylor ? convert<Acc>(w[i]) * slope : kind == kFisher ? slope * slope : slope;
-    term = term < 0 ? -term : term;
+    term = std::fabs(term);
     s[i] += term <= std::numeric_limits<Acc>::max() ? term : Acc(0);  // false for NaN
   }
 }

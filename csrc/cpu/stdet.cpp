@@ -165,7 +165,7 @@ bool find_references(const List& list, const Flat& f, const Tensor& refs, T* val
     values[mode] = convert<T>(p);
     if (!part.slow) continue;
     const T slow = static_cast<const T*>(part.slow)[row[1]];
-    slow_values[mode] = code & kTied ? slow : average(slow, values[mode], static_cast<T>(f.alpha));
+    slow_values[mode] = code & kTied ? slow : average(slow, values[mode], f.alpha);
   }
   return true;
 }
@@ -201,6 +201,8 @@ bool stdet_adam_step_(std::vector<Tensor> params, std::vector<Tensor> grads, std
   Flat f;
   if (!collect(params, code, base, k, d, refs, list, f)) return false;
   if (!collect_step(params, grads, slow, exp_avg, exp_avg_sq, hyper, list, f)) return false;
+  Memory memory({&code, &base, &k, &d, &refs, &hyper}, {&exp_avg, &exp_avg_sq});
+  if (!memory.reads(grads).writes(params).writes(slow).disjoint()) return false;
   f.alpha = alpha;
   f.reset = reset;
   return run("stdet_adam_step_", list, f, refs);
@@ -209,7 +211,9 @@ bool stdet_adam_step_(std::vector<Tensor> params, std::vector<Tensor> grads, std
 bool stdet_reconstruct_(std::vector<Tensor> params, Tensor code, Tensor base, Tensor k, Tensor d, Tensor refs) {
   List list;
   Flat f;
-  return collect(params, code, base, k, d, refs, list, f) && run("stdet_reconstruct_", list, f, refs);
+  if (!collect(params, code, base, k, d, refs, list, f)) return false;
+  return Memory({&code, &base, &k, &d, &refs}, {}).writes(params).disjoint() &&
+         run("stdet_reconstruct_", list, f, refs);
 }
 
 bool stdet_mask_(std::vector<Tensor> grads, Tensor code, std::vector<int64_t> sizes) {

@@ -65,9 +65,9 @@ LIC_FAST_INLINE Moments<T> adam(T p, T g, T m, T v, const Coefficients<T>& h) {
 }
 
 template <class T>
-LIC_FAST_INLINE T average(T slow, T p, T alpha) {
-  const T moved = slow + alpha * (p - slow);
-  return select(alpha == T(1), p, moved);
+LIC_FAST_INLINE T average(T slow, T p, double alpha) {
+  const T moved = slow + static_cast<T>(alpha) * (p - slow);
+  return select(alpha == 1.0, p, moved);  // not where alpha only rounds to 1
 }
 
 template <bool all, class P, class T>
@@ -95,7 +95,7 @@ LIC_FAST_INLINE void affine_loop(P* __restrict__ p, const T* __restrict__ k, con
 template <bool tied, class P, class T>
 LIC_FAST_INLINE void average_loop(P* __restrict__ p, T* __restrict__ slow, const T* __restrict__ k,
                                   const T* __restrict__ d, const T* __restrict__ r, const uint8_t* __restrict__ code,
-                                  int64_t n, T alpha, bool reset) {
+                                  int64_t n, double alpha, bool reset) {
   for (int64_t i = 0; i < n; ++i) {
     T value = average(slow[i], convert<T>(p[i]), alpha);
     if constexpr (tied) value = select((code[i] & kTied) != 0, k[i] * r[i] + d[i], value);
@@ -253,7 +253,6 @@ LIC_FAST_INLINE void run_piece(Block<P, T>& block, const Flat& f, int64_t i, con
   const uint64_t* tied = block.marks.tied + w;
   P* p = block.p + i;
   T* slow = block.slow ? block.slow + i : nullptr;
-  const T alpha = static_cast<T>(f.alpha);
   block.ask_ahead(i);
   if (block.states) adam_piece<Isa, P, T>(p, block.g + i, code, block.marks.state + w, tied, n, h, block.at, x);
   if (block.coefficients) {
@@ -261,7 +260,7 @@ LIC_FAST_INLINE void run_piece(Block<P, T>& block, const Flat& f, int64_t i, con
     block.at.d = Form::expand(block.at.d, block.at.d_end, block.marks.inside + w, x.d);
   }
   if (!any(tied, kPieceWords)) {
-    if (slow) average_loop<false>(p, slow, x.k, x.d, x.r, code, n, alpha, f.reset);
+    if (slow) average_loop<false>(p, slow, x.k, x.d, x.r, code, n, f.alpha, f.reset);
     return;
   }
   if (!slow || !f.reset) {
@@ -270,7 +269,7 @@ LIC_FAST_INLINE void run_piece(Block<P, T>& block, const Flat& f, int64_t i, con
   }
   if (slow) {
     ModeTable<Isa, T>::run(static_cast<const T*>(f.slow_values), code, n, x.r);
-    average_loop<true>(p, slow, x.k, x.d, x.r, code, n, alpha, f.reset);
+    average_loop<true>(p, slow, x.k, x.d, x.r, code, n, f.alpha, f.reset);
   }
 }
 

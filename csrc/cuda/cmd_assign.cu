@@ -156,6 +156,10 @@ void cmd_assign_out(Tensor snapshots, Tensor directions, Tensor mean, Tensor nor
   for (const Tensor* t : {&mode, &k, &d, &correlation}) {
     STD_TORCH_CHECK(t->numel() == n && t->is_contiguous(), "cmd_assign: an output of another size than snapshots");
   }
+  const int64_t modes = directions.size(0);
+  STD_TORCH_CHECK(1 <= modes && modes <= 256 && directions.size(1) == snapshots.size(0) && mean.numel() == modes &&
+                      norm.numel() == modes,
+                  "cmd_assign: refs must be [M, T] with 1 <= M <= 256 for snapshots [T, n]");
   if (n == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(snapshots.get_device_index());
   const int64_t pair_bytes = kElements * static_cast<int64_t>(snapshots.element_size());
@@ -164,7 +168,7 @@ void cmd_assign_out(Tensor snapshots, Tensor directions, Tensor mean, Tensor nor
                 n,
                 snapshots.stride(0),
                 static_cast<int32_t>(snapshots.size(0)),
-                static_cast<int32_t>(directions.size(0)),
+                static_cast<int32_t>(modes),
                 static_cast<const double*>(directions.const_data_ptr()),
                 static_cast<const double*>(mean.const_data_ptr()),
                 static_cast<const double*>(norm.const_data_ptr()),

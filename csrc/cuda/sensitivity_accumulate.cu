@@ -45,7 +45,7 @@ __device__ __forceinline__ void accumulate(const Entry& e, int64_t begin, int64_
     for (int32_t j = 0; j < 4; ++j) {
       const Acc slope = convert<Acc>(g[v].at[j]);
       Acc term = kind == kMagnitude ? slope : multiply(convert<Acc>(w[v].at[j]), slope);
-      term = term < Acc(0) ? -term : term;
+      term = fabs(term);
       s[v].at[j] = add(s[v].at[j], isfinite(term) ? term : Acc(0));
     }
     store4(sum, i, e.n, e.vector, s[v]);

@@ -104,6 +104,9 @@ bool run(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, co
     block += blocks_of(e.n);
   }
   if (!fits(embedding, params[0], block)) return false;
+  Memory memory({&embedding.code, &embedding.base, &embedding.k, &embedding.d, &embedding.refs}, {});
+  if (moments.exp_avg) memory.add(*moments.exp_avg, true).add(*moments.exp_avg_sq, true);
+  if (!memory.reads(grads).writes(params).writes(slow).disjoint()) return false;
   const torch::stable::accelerator::DeviceGuard guard(params[0].get_device_index());
   switch (dtype_code(params[0])) {
     case kFloat32: launch<float>(tables, embedding, moments); break;

@@ -86,9 +86,9 @@ def stdet_adam_step_(
     p <- slow where reset. Tied ones: k r + d with the new value r of their reference, in slow too. Averages of tied
     elements that still have a place stand still. Arithmetic in k's dtype, unfused: all backends agree to the bit.
 
-    Raises ValueError for lengths and shapes, TypeError for dtypes and devices, RuntimeError for a parameter that
-    requires grad outside no_grad, BackendError for a forced backend. What code, base and refs say is not checked
-    against each other; a mode outside [0, M) gives NaN.
+    Raises ValueError for lengths and shapes, TypeError for dtypes and devices, BackendError for a forced backend,
+    RuntimeError for what is written and requires grad outside no_grad and, natively, for tensors that share memory.
+    What code, base and refs say is checked in C++ only (RuntimeError if beyond them); a mode outside [0, M) is NaN.
     Source: Adam (Kingma and Ba, 2015) and AdamW; SMA and the affine embedding of STDET (Zhang et al., TMLR 2025), whose
     treatment of the gradients and moments of embedded weights is not public: dropping both is a reconstruction.
     """
@@ -100,6 +100,7 @@ def stdet_adam_step_(
         return
     _check.same_length(f, ("params", params), ("grads", grads), *([("slow", slow)] if slow else []))
     wide = _check_layout(f, params, code, base, k, d, refs)
+    _check.no_gradient(f, "slow, exp_avg or exp_avg_sq", [*slow, exp_avg, exp_avg_sq])
     for name, value in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
         _flat_of(f, name, value, wide, params[0])
     _check.same_shape(f, ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq))
@@ -114,6 +115,7 @@ def stdet_adam_step_(
         _check.same_shape(f, (f"params[{i}]", params[i]), (f"slow[{i}]", s))
         _check.dtype_in(f, f"slow[{i}]", s, (wide,))
         _check.same_device(f, (f"params[{i}]", params[i]), (f"slow[{i}]", s))
+    _check.tensor(f, "hyper", hyper)
     if hyper.dtype is not torch.float64 or hyper.device.type != "cpu" or list(hyper.shape) != [len(params), 7]:
         raise ValueError(
             f"{f}: hyper must be float64 [{len(params)}, 7] on the CPU, got {hyper.dtype} {list(hyper.shape)} on "
@@ -151,8 +153,10 @@ def stdet_mask_(grads: Sequence[Tensor], code: Tensor, *, sizes: Sequence[int]) 
     f = "stdet_mask_"
     grads, sizes = _check.tensor_list(f, "grads", grads), [int(size) for size in sizes]
     _check.same_length(f, ("sizes", sizes), ("grads", grads))
+    _check.tensor(f, "code", code)
+    _check.no_gradient(f, "grads", grads)
     for i, (g, size) in enumerate(zip(grads, sizes, strict=True)):
-        if g.numel() not in (0, size):
+        if size < 0 or g.numel() not in (0, size):
             raise ValueError(f"{f}: grads[{i}] must have {size} elements or none, got {g.numel()}")
         _check.dtype_in(f, f"grads[{i}]", g, (grads[0].dtype,) if grads[0].dtype in FLOATS else FLOATS)
         _check.same_device(f, ("code", code), (f"grads[{i}]", g))

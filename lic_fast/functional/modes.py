@@ -117,7 +117,7 @@ def rls_update_(
 
     Raises ValueError for shapes and tensors that share memory, TypeError for dtypes and devices, RuntimeError for an
     argument that requires grad outside no_grad, BackendError for a forced backend. What code and base say is not
-    checked against each other.
+    checked against each other, but that the C++ kernel raises RuntimeError where they lead outside k.
     Source: Correlation Mode Decomposition (arXiv 2312.13247), whose online form fits w_i = k_i w_ref + d_i in every
     epoch; written here as recursive least squares (Plackett, Biometrika 1950), which is exact.
     """

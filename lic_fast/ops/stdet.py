@@ -57,7 +57,9 @@ def _flat_in_place(kernel: Callable[..., None]) -> Callable[..., None]:
 def _native_kernel(backend: str, name: str) -> Callable[..., None]:
     def run(*args: Any) -> None:
         if not _native.op(backend, name)(*args):
-            raise RuntimeError(f"{name}: the kernel refused lists that passed the checks; please report this")
+            raise RuntimeError(
+                f"{name}: tensors share memory, or a reference lies outside of them; clone them, or correct refs"
+            )
 
     return run
 

@@ -90,9 +90,10 @@ def stdet_reconstruct_(
     for p, place in zip(params, places([p.numel() for p in params], base, 0, len(k)), strict=True):
         c, p = code[place.code], flat(p)
         tied, embeddable = c & TIED != 0, c & OUTSIDE != OUTSIDE
-        within = tied[embeddable]
-        r = values[(c[tied] & OUTSIDE).long()]
-        p[tied] = (k[place.coefficients][within] * r + d[place.coefficients][within]).to(p.dtype)
+        within, rebuilt = tied[embeddable], tied & embeddable
+        r = values[(c[rebuilt] & OUTSIDE).long()]
+        p[tied & ~embeddable] = float("nan")  # neither k nor d
+        p[rebuilt] = (k[place.coefficients][within] * r + d[place.coefficients][within]).to(p.dtype)
 
 
 def stdet_mask_(grads: Sequence[Tensor], code: Tensor, sizes: Sequence[int]) -> None:
