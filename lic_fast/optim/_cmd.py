@@ -127,5 +127,6 @@ class ModeSums:
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> ModeSums:
         sums = cls.__new__(cls)
-        sums.epochs, sums.mean, sums.spread = int(state["epochs"]), state["mean"].double(), state["spread"].double()
+        sums.epochs = int(state["epochs"])
+        sums.mean, sums.spread = (state[name].double().cpu() for name in ("mean", "spread"))
         return sums

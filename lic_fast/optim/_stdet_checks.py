@@ -95,12 +95,12 @@ def parameters(model_or_params: nn.Module | Iterable[Tensor], optimizer: Optimiz
 def state(state_dict: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """The part of a state that is STDET's own; ValueError where it is none, or of other settings."""
     keys = {"settings", "epoch", "sensitivity", "snapshots", "embedding", "adam"}
-    if set(state_dict) != {"optimizer", "stdet"} or set(state_dict["stdet"]) != keys:
+    own = state_dict.get("stdet")
+    if set(state_dict) != {"optimizer", "stdet"} or not isinstance(own, dict) or set(own) != keys:
         raise ValueError(
             f"STDET.load_state_dict: not a state of STDET, got keys {sorted(map(str, state_dict))}; "
             "load one that state_dict() gave"
         )
-    own = state_dict["stdet"]
     for name, value in settings.items():
         got = own["settings"].get(name)
         if got != value:

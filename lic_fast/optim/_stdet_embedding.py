@@ -157,6 +157,10 @@ class Embedding:
         """On the device: code, base, k, d."""
         return sum(x.numel() * x.element_size() for x in (self.code, self.base, self.k, self.d))
 
+    def host_bytes(self) -> int:
+        """What remember() keeps."""
+        return sum(x.numel() * x.element_size() for x in self._previous or ())
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "modes": self.modes.state_dict(), "code": self.code, "k": self.k, "d": self.d, "true": self.true,
@@ -165,7 +169,14 @@ class Embedding:
 
     @classmethod
     def from_state(cls, state: dict[str, Any], layout: FlatLayout, device: torch.device) -> Embedding:
+        """Raises ValueError where it does not fit the layout."""
         modes = Modes.from_state(state["modes"])
+        code, places = state["code"], layout.starts[-1]
+        known = code.dtype is torch.uint8 and list(code.shape) == [places]
+        if not known or not ((modes.places >= 0) & (modes.places < places)).all():
+            raise ValueError("code or references do not fit")
+        if not list(state["k"].shape) == list(state["d"].shape) == [int((code & OUTSIDE != OUTSIDE).sum())]:
+            raise ValueError("k and d do not fit")
         embedding = cls(layout, modes, *(state[name].to(device, copy=True) for name in ("code", "k", "d")))
         embedding.true, embedding.dummy = int(state["true"]), int(state["dummy"])
         embedding._frozen, embedding._previous = bool(state["frozen"]), state["previous"]

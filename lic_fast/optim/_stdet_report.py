@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     from .stdet import STDET
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Report:
     """epoch: closed so far. weights: that may be embedded, and the 25 % that never are. true, dummy: embedded now.
 
     trainable_share: of the weights, neither true nor dummy. state_bytes: what the optimizer holds on the device beside
     the parameters; dense_state_bytes: what it would hold with two moments for every weight. embedding_bytes: code, k
-    and d.
-    host_bytes: trajectories. mode_sizes [M]: embeddable weights of each mode. explained [M, 20]: of these, how many
-    have which share of their variance over the warm-up explained by the reference, in steps of 5 %.
+    and d. host_bytes: trajectories, and k and d at the last event where period > 1. mode_sizes [M]: embeddable weights
+    of each mode. explained [M, 20]: of these, how many have which share of their variance over the warm-up explained by
+    the reference, in steps of 5 %.
     """
 
     epoch: int
@@ -61,12 +61,13 @@ class Report:
             tensors = (x for held in inner for value in held.values() for x in _tensors(value))
             state = sum(x.numel() * x.element_size() for x in tensors if x.dim())
         size = torch.empty(0, dtype=stdet._dtype).element_size()
-        kept = [snapshots.rows, snapshots.start, *snapshots.history]
+        kept = [*snapshots.rows, snapshots.start, *snapshots.history]
+        host = sum(x.numel() * x.element_size() for x in kept if x is not None)
         return cls(
             epoch=stdet.epoch, weights=stdet.weights, embeddable=0 if e is None else e.embeddable,
             true=0 if e is None else e.true, dummy=0 if e is None else e.dummy, state_bytes=state,
             dense_state_bytes=2 * size * stdet._layout.elements, embedding_bytes=0 if e is None else e.bytes(),
-            host_bytes=sum(x.numel() * x.element_size() for x in kept if x is not None), fused=adam is not None,
+            host_bytes=host + (0 if e is None else e.host_bytes()), fused=adam is not None,
             explained=torch.zeros(0, 20, dtype=torch.int64) if e is None else e.modes.explained,
         )  # fmt: skip
 

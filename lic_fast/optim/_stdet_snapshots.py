@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,16 +25,14 @@ class Snapshots:
     """
 
     def __init__(
-        self, layout: FlatLayout, controlled: Sequence[bool], epochs: int, samples: int, precise: bool,
-        dtype: torch.dtype, seed: int,
-    ) -> None:  # fmt: skip
-        self.layout, self.epochs, self.precise, self.dtype = layout, epochs, precise, dtype
+        self, layout: FlatLayout, controlled: Sequence[bool], samples: int, precise: bool, dtype: torch.dtype, seed: int
+    ) -> None:
+        self.layout, self.precise, self.dtype = layout, precise, dtype
         sizes = [size if taken else 0 for size, taken in zip(layout.sizes, controlled, strict=True)]
         self.sample = sample_places(layout.starts, sizes, samples, seed)
         self.history: list[Tensor] = []  # [samples] fp64 an epoch
-        self.rows: Tensor | None = None  # [epochs, places]
+        self.rows: list[Tensor] = []  # [places] an epoch of the warm-up
         self.start: Tensor | None = None  # [places]
-        self.taken = 0
 
     def add_sample(self, values: Sequence[Tensor]) -> None:
         """Keeps the exact values of the sampled weights."""
@@ -47,26 +46,24 @@ class Snapshots:
 
     def add(self, values: Sequence[Tensor]) -> None:
         """Keeps all weights; `values` are dense, one tensor for each of the layout's."""
-        if self.rows is None:
-            places = self.layout.starts[-1]
-            kind = self.dtype if self.precise else torch.bfloat16
-            self.rows = torch.zeros(self.epochs, places, dtype=kind)
-            self.start = None if self.precise else torch.zeros(places, dtype=self.dtype)
-        row = self.layout.split(self.rows[self.taken])
-        starts = [None] * len(row) if self.start is None else self.layout.split(self.start)
-        for part, start, value in zip(row, starts, values, strict=True):
+        places, first = self.layout.starts[-1], not self.rows
+        if first and not self.precise:
+            self.start = torch.zeros(places, dtype=self.dtype)
+        row = torch.zeros(places, dtype=self.dtype if self.precise else torch.bfloat16)
+        starts = [None] * len(values) if self.start is None else self.layout.split(self.start)
+        for part, start, value in zip(self.layout.split(row), starts, values, strict=True):
             own = in_memory_order(value).to("cpu", self.dtype)
             if start is None:
                 part.copy_(own)
             else:
-                if self.taken == 0:
+                if first:
                     start.copy_(own)
                 part.copy_(own - start)
-        self.taken += 1
+        self.rows.append(row)
 
     def find_modes(self, modes: int) -> Modes:
         """References and their trajectories. Raises ImportError where SciPy is missing."""
-        trajectories = torch.stack(self.history[: self.taken], 1)
+        trajectories = torch.stack(self.history[: len(self.rows)], 1)
         rows, labels = find_modes(trajectories, modes)
         return Modes(self.sample[rows], trajectories[rows], torch.bincount(torch.tensor(labels), minlength=len(rows)))
 
@@ -83,7 +80,8 @@ class Snapshots:
         for begin in range(0, layout.starts[-1], CHUNK):
             end = min(begin + CHUNK, layout.starts[-1])
             chosen = embeddable[begin:end]
-            mode, factor, shift, correlation = cmd_assign(self.rows[: self.taken, begin:end].to(device), refs)
+            rows = torch.stack([row[begin:end] for row in self.rows]).to(device)
+            mode, factor, shift, correlation = cmd_assign(rows, refs)
             if self.start is not None:
                 shift += self.start[begin:end].to(device)
             code[begin:end] = torch.where(chosen, mode, code[begin:end])
@@ -96,21 +94,23 @@ class Snapshots:
 
     def release(self) -> None:
         """Forgets all but the sample: the modes are found."""
-        self.rows = self.start = None
+        self.rows, self.start = [], None
 
     def state_dict(self) -> dict[str, Any]:
-        rows = None if self.rows is None else self.rows[: self.taken]
         history = torch.stack(self.history) if self.history else None
-        return {"sample": self.sample, "history": history, "rows": rows, "start": self.start, "taken": self.taken}
+        return {"sample": self.sample, "history": history, "rows": list(self.rows), "start": self.start}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.sample, self.taken = state["sample"].cpu(), int(state["taken"])
-        self.history = [] if state["history"] is None else list(state["history"].cpu().unbind(0))
-        self.start = None if state["start"] is None else state["start"].cpu().clone()
-        self.rows = None
-        if state["rows"] is not None:
-            self.rows = torch.zeros(self.epochs, state["rows"].shape[1], dtype=state["rows"].dtype)
-            self.rows[: self.taken] = state["rows"]
+    def restored(self, state: dict[str, Any]) -> Snapshots:
+        """One of the same layout that holds what state_dict gave. Raises ValueError where it does not fit."""
+        other = copy.copy(self)
+        other.sample, places = state["sample"].cpu(), self.layout.starts[-1]
+        other.history = [] if state["history"] is None else list(state["history"].cpu().unbind(0))
+        other.start = None if state["start"] is None else state["start"].cpu().clone()
+        other.rows = [row.cpu() for row in state["rows"]]
+        kept = [*other.rows, *([] if other.start is None else [other.start])]
+        if any(list(x.shape) != [places] for x in kept) or any(x.shape != other.sample.shape for x in other.history):
+            raise ValueError("snapshots do not fit")
+        return other
 
 
 class Modes:

@@ -169,6 +169,8 @@ def _plot_trajectories(axes: Any, told: dict[str, Any], warmup: int) -> None:
         axes[0].plot(epochs, (told["rebuilt"][:, i] - start).tolist(), color=f"C{number}", linewidth=1, linestyle="--")
     axes[0].axvline(warmup, color="#555555", linewidth=0.8)
     axes[0].set(xlabel="epoch", ylabel="weight - its first value (dashed: k ref + d)")
+    if not embeddable:  # a small sample of references alone
+        return
     values = told["values"][:, embeddable]
     off = (told["rebuilt"][:, embeddable] - values).abs() / values.std(0).clamp(min=1e-12)
     for share, style in ((0.5, "-"), (0.9, "--")):
