@@ -54,7 +54,7 @@ def test_bytes_a_weight(period):
     host = weights * (2 * 3 + 4)  # on the CPU the trajectories count too
     assert peaks[0] <= 6 * weights + SLACK and peaks[1] <= 2 * weights + SLACK
     assert reports[1].host_bytes <= host + 8 * 200 * 2 + 4 * 1024 * len(SHAPES) * 5
-    assert peaks[2] <= 14 * weights
+    assert peaks[2] <= 17 * weights  # 7 of them stay; the last sample, on the CPU, is 2
     assert reports[2].embedding_bytes <= 7.1 * weights <= 8 * weights
     for peak, report in zip(peaks[3:], reports[3:], strict=True):
         assert peak <= 6.1 * weights
