@@ -111,17 +111,17 @@ class CompactAdam:
 
         Front to back within the tensors that hold them, then once into smaller ones, one after the other.
         """
-        for name in ("exp_avg", "exp_avg_sq"):
-            values, begin, kept = getattr(self, name), 0, 0
-            for first in range(0, len(code), CHUNK):
-                had = code[first : first + CHUNK] & FlatLayout.STATELESS == 0
-                keep = ~more[first : first + CHUNK][had]
-                end = begin + len(keep)
-                left = values[begin:end][keep]
-                values[kept : kept + len(left)] = left
-                begin, kept = end, kept + len(left)
-            setattr(self, name, values[:kept].clone())
-            del values
+        begin = kept = 0
+        for first in range(0, len(code), CHUNK):
+            had = code[first : first + CHUNK] & FlatLayout.STATELESS == 0
+            keep = ~more[first : first + CHUNK][had]
+            at, end = keep.nonzero().squeeze(1), begin + len(keep)
+            for values in (self.exp_avg, self.exp_avg_sq):
+                values[kept : kept + len(at)] = values[begin:end].index_select(0, at)
+            begin, kept = end, kept + len(at)
+        del values
+        self.exp_avg = self.exp_avg[:kept].clone()
+        self.exp_avg_sq = self.exp_avg_sq[:kept].clone()
 
     def step(
         self, code: Tensor, base: Tensor, k: Tensor, d: Tensor, refs: Tensor, slow: Sequence[Tensor], alpha: float,

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..functional import FlatLayout, cmd_assign, in_memory_order
 from ._cmd import ModeSums, find_modes, sample_places
 
-CHUNK = 1 << 19  # weights whose trajectories are on the device at once
+CHUNK = 1 << 18  # weights whose trajectories are on the device at once
 BINS = 20  # of explained variance
 
 
@@ -85,10 +85,10 @@ class Snapshots:
             if self.start is not None:
                 shift += self.start[begin:end].to(device)
             code[begin:end] = torch.where(chosen, mode, code[begin:end])
-            mode, correlation = mode[chosen], correlation[chosen]
-            stop = filled + len(mode)
-            k[filled:stop], d[filled:stop] = factor[chosen], shift[chosen]
-            modes.count_explained(mode, correlation)
+            at = chosen.nonzero().squeeze(1)
+            stop = filled + len(at)
+            k[filled:stop], d[filled:stop] = factor.index_select(0, at), shift.index_select(0, at)
+            modes.count_explained(mode.index_select(0, at), correlation.index_select(0, at))
             filled = stop
         return code, k, d
 
