@@ -1,6 +1,14 @@
 """The public stateless API."""
 
 from .embedding import FlatLayout, in_memory_order, stdet_adam_step_, stdet_mask_, stdet_reconstruct_
+from .likelihood import (
+    factorized_rate,
+    gaussian_rate,
+    laplace_rate,
+    logistic_rate,
+    mixture_rate,
+    pack_factorized,
+)
 from .modes import cmd_assign, embed_select, rls_update_, sensitivity_accumulate_
 from .parameters import affine_reconstruct, affine_reconstruct_, sma_update_
 from .preconditioning import adam_update_, refresh_eigenbasis, rotate_moments_, soap_update_
@@ -12,7 +20,13 @@ __all__ = [
     "affine_reconstruct_",
     "cmd_assign",
     "embed_select",
+    "factorized_rate",
+    "gaussian_rate",
     "in_memory_order",
+    "laplace_rate",
+    "logistic_rate",
+    "mixture_rate",
+    "pack_factorized",
     "refresh_eigenbasis",
     "rls_update_",
     "rotate_moments_",

@@ -1,0 +1,144 @@
+"""Rate of a latent under a Gaussian, logistic or Laplace density convolved with a unit box, or a mixture of them.
+
+Specification, in PyTorch. The quantised value and the noise are computed in the dtype of the arithmetic (fp32, or
+fp64 for fp64), which all backends share to the bit; the likelihood in fp64 whatever that dtype is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._bound import arithmetic_dtype, rate, rate_bwd
+from ._noise import DEQUANTIZE, NONE, quantize
+
+GAUSSIAN, LOGISTIC, LAPLACE = range(3)
+
+
+def gaussian(d: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """log P(d - 1/2 < s n < d + 1/2), n standard normal, and its derivatives by d and s."""
+    distance = d.abs()
+    a, b = (distance - 0.5) / s, (distance + 0.5) / s
+    drop = -distance / s / s  # (a^2 - b^2) / 2: log of the density at b over that at a
+    scaled_a, scaled_b = torch.special.erfcx(a.abs() / math.sqrt(2)), torch.special.erfcx(b / math.sqrt(2))
+    tail = 0.5 * (scaled_a - drop.exp() * scaled_b)  # times exp(-a^2 / 2), for a >= 0
+    density_a = torch.exp(-0.5 * a * a)
+    centre = 1 - 0.5 * density_a * (scaled_a + drop.exp() * scaled_b)
+    outside = a >= 0
+    log_p = torch.where(outside, -0.5 * a * a + tail.log(), centre.log())
+    hazard = torch.where(outside, 1 / tail, density_a / centre) / math.sqrt(2 * math.pi)
+    by_distance = hazard * torch.expm1(drop) / s
+    by_scale = hazard * (-a * torch.expm1(drop) - drop.exp() / s) / s
+    return log_p, by_distance * d.sign(), by_scale
+
+
+def logistic(d: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for s times a standard logistic variable."""
+    distance = d.abs()
+    a, b = (distance - 0.5) / s, (distance + 0.5) / s
+    log_p = torch.nn.functional.logsigmoid(-a) + torch.nn.functional.logsigmoid(b) + (-torch.expm1(-1 / s)).log()
+    by_distance = (torch.sigmoid(-b) - torch.sigmoid(a)) / s
+    by_scale = (a * torch.sigmoid(a) - b * torch.sigmoid(-b) - 1 / (s * torch.expm1(1 / s))) / s
+    return log_p, by_distance * d.sign(), by_scale
+
+
+def laplace(d: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for s times a standard Laplace variable (density exp(-|x|) / 2)."""
+    distance = d.abs()
+    a, b = (distance - 0.5) / s, (distance + 0.5) / s
+    outside = a >= 0
+    rise, fall = torch.exp(-a.abs()), torch.exp(-b)
+    centre = -0.5 * (torch.expm1(-a.abs()) + torch.expm1(-b))
+    log_p = torch.where(outside, -a - math.log(2) + (-torch.expm1(-1 / s)).log(), centre.log())
+    by_distance = torch.where(outside, -1.0, 0.5 * (fall - rise) / centre) / s
+    by_scale = torch.where(outside, a - 1 / (s * torch.expm1(1 / s)), 0.5 * (a * rise - b * fall) / centre) / s
+    return log_p, by_distance * d.sign(), by_scale
+
+
+_FAMILIES = (gaussian, logistic, laplace)
+
+
+def _by_component(parameter: Tensor | None, k: int) -> Tensor | None:
+    """[B, K * C, *] in fp64 as [B, K, C, *]; component after component, as in CompressAI."""
+    if parameter is None:
+        return None
+    return parameter.double().reshape(parameter.shape[0], k, parameter.shape[1] // k, *parameter.shape[2:])
+
+
+def _terms(
+    y: Tensor, scales: Tensor, means: Tensor | None, weights: Tensor | None, seed: Tensor | None,
+    families: Sequence[int], quantize_mode: int, scale_bound: float, logits: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The quantised y, and by component: log weight, log-likelihood, its derivatives; and log p of the mixture."""
+    dtype, k = arithmetic_dtype(y), len(families)
+    y_hat = quantize(y, means if weights is None else None, seed, quantize_mode, dtype)
+    scales, means, weights = (_by_component(parameter, k) for parameter in (scales, means, weights))
+    # the difference is that of the arithmetic's dtype, as the symbol coder sees it
+    d = y_hat.unsqueeze(1) if means is None else y_hat.unsqueeze(1) - means.to(dtype)
+    d = d.double().expand_as(scales)
+    s = scales.to(dtype).double().clamp_min(scale_bound)
+    s = torch.where(s > 0, s, math.nan)
+    parts = [_FAMILIES[family](d[:, i], s[:, i]) for i, family in enumerate(families)]
+    log_p, by_d, by_s = (torch.stack(part, 1) for part in zip(*parts, strict=True))
+    if weights is None:
+        log_w = torch.zeros_like(log_p)
+    else:
+        log_w = torch.log_softmax(weights, 1) if logits else weights.log()
+    return y_hat, log_w, log_p, by_d, by_s, torch.logsumexp(log_w + log_p, 1)
+
+
+def mixture_rate(
+    y: Tensor, scales: Tensor, means: Tensor | None, weights: Tensor | None, seed: Tensor | None,
+    families: Sequence[int], quantize_mode: int, scale_bound: float, likelihood_bound: float, logits: bool, output: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(y_hat of y's dtype, without elements where nothing is quantised; the rate as _bound.rate gives it)."""
+    y_hat, *_, log_p = _terms(y, scales, means, weights, seed, families, quantize_mode, scale_bound, logits)
+    result = rate(log_p, likelihood_bound, output, arithmetic_dtype(y))
+    return y.new_empty(0) if quantize_mode == NONE else y_hat.to(y.dtype), result
+
+
+def mixture_rate_bwd(
+    grad_y_hat: Tensor | None, grad_rate: Tensor | None, y: Tensor, scales: Tensor, means: Tensor | None,
+    weights: Tensor | None, seed: Tensor | None, families: Sequence[int], quantize_mode: int, scale_bound: float,
+    likelihood_bound: float, logits: bool, output: int,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """The gradients of y, scales, means and weights.
+
+    Rounding has the derivative 1 with quantize "ste" and 0 with "dequantize". There y_hat = round(y - mean) + mean
+    follows the mean, so that y_hat - mean, and with it the rate, does not depend on the mean; a mixture rounds about
+    zero. A scale below scale_bound has a gradient only where that would raise it.
+    """
+    _, log_w, log_pk, by_d, by_s, log_p = _terms(
+        y, scales, means, weights, seed, families, quantize_mode, scale_bound, logits
+    )
+    dtype, single = arithmetic_dtype(y), weights is None
+    g = torch.zeros_like(log_p)
+    if grad_rate is not None:
+        g = rate_bwd(grad_rate, log_p, likelihood_bound, output, dtype)
+    share = torch.exp(log_w + log_pk - log_p.unsqueeze(1))  # of each component in the likelihood
+    g = g.unsqueeze(1)
+    grad_d = g * share * by_d
+    grad_s = g * share * by_s
+    s = scales.to(dtype).double().reshape(grad_s.shape)
+    grad_s = torch.where((s < scale_bound) & ~(grad_s < 0), 0.0, grad_s)
+    through = 0.0 if grad_y_hat is None or quantize_mode == NONE else grad_y_hat.double()
+    if quantize_mode == DEQUANTIZE:
+        grad_y = torch.zeros_like(log_p)
+        grad_m = (grad_y + through).unsqueeze(1) if single else -grad_d
+    else:
+        grad_y, grad_m = grad_d.sum(1) + through, -grad_d
+    if weights is None:
+        grad_w = None
+    elif logits:
+        grad_w = g * (share - log_w.exp())
+    else:
+        grad_w = g * torch.exp(log_pk - log_p.unsqueeze(1))
+    return (
+        grad_y.to(y.dtype),
+        grad_s.reshape(scales.shape).to(scales.dtype),
+        None if means is None else grad_m.reshape(means.shape).to(means.dtype),
+        None if weights is None else grad_w.reshape(weights.shape).to(weights.dtype),
+    )
