@@ -3,9 +3,9 @@
 `python -m lic_fast.benchmarks.convergence --data DIR` or `lic-fast bench convergence --data DIR`. The demo's model is
 trained on the photographs in DIR with each method, first at every learning rate of a grid with the first seed, then
 at the best of them with every seed. The learning rate is constant, and everything but the optimizer is alike: weights,
-batches, noise, clipping, no weight decay. The loss is measured at fixed intervals on photographs held out of the
-training, always on the same crops, and smoothed by a trailing mean of three. What convergence.csv already holds is not
-trained again, so that a stopped benchmark goes on where it was.
+batches, noise, layers (CompressAI's), clipping, no weight decay. The loss is measured at fixed intervals on photographs
+held out of the training, always on the same crops, and smoothed by a trailing mean of three. What convergence.csv
+already holds is not trained again, so that a stopped benchmark goes on where it was.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ class Bench:
     def _config(self, method: str, lr: float, seed: int) -> TrainConfig:
         config = TrainConfig(
             model=MODEL, channels=CHANNELS, output="", data=self.options.data, steps=self.options.steps, crop=CROP,
-            batch_size=BATCH, lr=lr, seed=seed, device=self.options.device, **METHODS[method], **self._schedule(method),
+            batch_size=BATCH, lr=lr, seed=seed, device=self.options.device, accelerate=False, **METHODS[method],
+            **self._schedule(method),
         )  # fmt: skip
         config.validate()
         return config

@@ -1,7 +1,8 @@
 """The README's first command: one small model trained twice on photographs, then one photograph to a file and back.
 
-`python -m lic_fast.benchmarks.demo [--data DIR] [--steps N] [--output DIR]`. The stock loop is PyTorch's Adam; the
-fast path is what lic_fast has for the same loop. Each run has a process of its own, so that its memory is its own.
+`python -m lic_fast.benchmarks.demo [--data DIR] [--steps N] [--output DIR]`. The stock loop is CompressAI's layers
+and PyTorch's Adam; the fast path is what lic_fast has for the same loop. Each run has a process of its own, so that
+its memory is its own.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from lic_fast.training import TrainConfig, TrainingError, TrainResult, train
 from lic_fast.training.files import read_log
 
 MODEL, CHANNELS, CROP, BATCH = "mbt2018-mean", (32, 48), 128, 8
-STOCK = {"optimizer": "adam"}
+STOCK = {"optimizer": "adam", "accelerate": False}
 FAST = {"optimizer": "soap", "sma": True}
 LRS = {"stock": 1e-3, "fast": 3e-3}
-OPS = {"fast": ["soap_update_", "adam_update_", "refresh_eigenbasis", "rotate_moments_", "sma_update_"]}
+OPTIMIZER_OPS = ["soap_update_", "adam_update_", "refresh_eigenbasis", "rotate_moments_", "sma_update_"]
+OPS = {"fast": [*OPTIMIZER_OPS, "mixture_rate", "factorized_rate", "gdn"]}
 
 
 def _run(config: TrainConfig) -> TrainResult:

@@ -141,6 +141,12 @@ def _add_machine_options(option: Any) -> None:
     option("--amp", "bf16: transforms in bfloat16, entropy models in fp32", choices=("off", "bf16"))
     option("--channels-last", "channels-last memory format", action="store_true")
     option("--compile", "torch.compile the model", action="store_true")
+    option(
+        "--no-accelerate",
+        "CompressAI's own layers and entropy models, to compare",
+        dest="accelerate",
+        action="store_false",
+    )
     option("--workers", "processes that read photographs; 0 reads in this one", type=int, metavar="N")
     option("--checkpoint-every", "save also after so many steps, not only each epoch", type=int, metavar="STEPS")
     option(

@@ -60,6 +60,7 @@ class TrainConfig:
     amp: str = "off"
     channels_last: bool = False
     compile: bool = False
+    accelerate: bool = True
     channels: tuple[int, ...] | None = None
     checkpoint_every: int | None = None
     min_epoch_steps: int = 50
@@ -131,6 +132,7 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
     kept = {name: value for name, value in values.items() if name in known}
     if kept.get("channels") is not None:
         kept["channels"] = tuple(kept["channels"])
+    kept.setdefault("accelerate", False)  # a run from before there was such a thing
     if "stdet_dummy" in kept:
         kept["stdet_dummy"] = tuple(kept["stdet_dummy"])
     return TrainConfig(**kept)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lic_fast.codec import BitstreamError, Stream, pack, unpack
+from lic_fast.patch import accelerate
 from lic_fast.training.checkpoint import load_checkpoint
 from lic_fast.training.config import from_dict
 from lic_fast.training.data import to_tensor
@@ -78,6 +79,7 @@ class ImageCodec:
         channels = resolve_channels(self.config.model, self.config.channels, self.config.lmbda)
         self.model = build_model(self.config.model, channels)
         load_weights(self.model, saved["model"] | (saved["slow"] if self.slow else {}))
+        accelerate(self.model, verbose=False)  # the same bytes, sooner
         self.device = resolve_device(device, command)
         if hasattr(self.model, "_compress_ar") and self.device.type == "cuda":
             if device == "auto":

@@ -24,16 +24,15 @@ from lic_fast.training.errors import TrainingError, optional_import
 from lic_fast.training.files import Log, atomic_write, make_folder, read_log
 from lic_fast.training.loss import RateDistortionLoss
 from lic_fast.training.models import (
-    build_model,
     load_weights,
     model_class,
+    prepare_model,
     resolve_channels,
     resolve_device,
     split_parameters,
 )
 from lic_fast.training.optimizers import build_optimizer, insisted_backend, slow_weights, unwrapped
 from lic_fast.training.plots import plot_diagnostics, plot_training
-from lic_fast.training.precision import keep_entropy_fp32
 from lic_fast.training.report import CHECKPOINT, CONFIG, LOG, PLOT, TrainResult, sum_up, versions
 from lic_fast.training.stepping import Stepping
 
@@ -127,11 +126,7 @@ class Trainer:
         self.schedule = Schedule(len(self.photos), config.batch_size, config.min_epoch_steps, config.seed)
         self.total_steps = config.steps or (config.epochs or DEFAULT_EPOCHS) * self.schedule.steps_per_epoch
         torch.manual_seed(config.seed)
-        self.model = build_model(config.model, config.channels).to(self.device)
-        if config.channels_last:
-            self.model.to(memory_format=torch.channels_last)
-        if config.amp == "bf16":
-            keep_entropy_fp32(self.model, self.device.type)
+        self.model = prepare_model(config, self.device)
         self.forward = torch.compile(self.model) if config.compile else self.model
         self.criterion = RateDistortionLoss(config.lmbda)
         main, quantiles = split_parameters(self.model)

@@ -5,15 +5,19 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import logging
 from typing import Any
 
 import torch
 
-from lic_fast.training.config import LAMBDAS
+from lic_fast.patch import accelerate
+from lic_fast.training.config import LAMBDAS, TrainConfig
 from lic_fast.training.errors import TrainingError, optional_import
+from lic_fast.training.precision import keep_entropy_fp32
 
 _HIGHER_LAMBDAS = (0.0932, 0.1800)  # CompressAI's qualities 7 and 8, which complete its table
 _MIN_CHANNELS = 4
+_logger = logging.getLogger("lic_fast.training")
 
 
 @functools.cache
@@ -96,6 +100,18 @@ def build_model(name: str, channels: tuple[int, ...]) -> torch.nn.Module:
         first = [m // 20, m // 20, m // 10, m // 5]
         return cls(*channels, groups=[*first, m - sum(first)])
     return cls(*channels)
+
+
+def prepare_model(config: TrainConfig, device: torch.device) -> torch.nn.Module:
+    """The model that `config` trains, on `device`, with its random initial weights from torch's generator."""
+    model = build_model(config.model, config.channels).to(device)
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if config.accelerate:
+        _logger.info("train: %s", accelerate(model, verbose=False))
+    if config.amp == "bf16":
+        keep_entropy_fp32(model, device.type)
+    return model
 
 
 def split_parameters(
