@@ -45,6 +45,14 @@ def automatic_backend(monkeypatch: pytest.MonkeyPatch):
     _dispatch._setting = None
 
 
+@pytest.fixture
+def small_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For benchmarks of tiny cases: emptying the real last-level cache before every run would take longer than they."""
+    from lic_fast.benchmarks import _harness
+
+    monkeypatch.setattr(_harness, "_last_level_cache", lambda device: 1 << 20)
+
+
 def devices() -> list[str]:
     """The devices at hand."""
     return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]

@@ -15,6 +15,7 @@ from lic_fast.benchmarks import OPS, WHOLE, _contenders, _harness, _rows, parame
 from lic_fast.benchmarks.__main__ import main
 from torch import Tensor
 
+pytestmark = pytest.mark.usefixtures("small_cache")
 CPU = torch.device("cpu")
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from lic_fast import explain, use_backend
 from lic_fast.optim import SOAP
 
+pytestmark = pytest.mark.usefixtures("small_cache")
 CPU = torch.device("cpu")
 PLAIN = {"torch.optim.Adam, fused", "torch.optim.Adam, foreach"}
 OURS = {"lic_fast.SOAP", "lic_fast.SOAP, stagger"}
