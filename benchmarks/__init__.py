@@ -18,7 +18,9 @@ OPS = (
     "sensitivity_accumulate",
     "cmd_assign",
     "embed_select",
+    "ans_coder",
+    "context_conv",
 )
-WHOLE = ("soap", "stdet_training")
+WHOLE = ("soap", "stdet_training", "decompress")
 
 __all__ = ["OPS", "WHOLE"]

@@ -30,6 +30,7 @@ FURTHER = {
         *("state_bytes", "ops", "refresh_ops", "launches", "refresh_launches", "chosen"),
     ),
     "stdet_training": ("step_ms", "added", "peak_bytes", "state", "chosen"),
+    "decompress": ("chosen",),
 }
 _HERE = Path(__file__).resolve().parent
 

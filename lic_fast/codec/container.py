@@ -16,6 +16,8 @@ import struct
 import zlib
 from typing import Any
 
+from ..functional.coding import BitstreamError
+
 MAGIC = b"LICF"
 VERSION = 1
 FLAG_CUDA = 1  # encoded on a CUDA device
@@ -30,10 +32,6 @@ _DIGEST_BYTES = 16
 _MAX_SIDE = 1 << 16
 _MAX_DEPTH = 4
 _INT, _LIST, _DICT, _BYTES = range(4)
-
-
-class BitstreamError(ValueError):
-    """A stream that cannot be decoded: truncated, damaged, foreign, newer, or made with other weights."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """The public stateless API."""
 
+from .coding import ans_decode_, ans_encode, ans_pack
+from .context import context_conv, context_conv_pack
 from .embedding import FlatLayout, in_memory_order, stdet_adam_step_, stdet_mask_, stdet_reconstruct_
 from .likelihood import (
     factorized_rate,
@@ -18,7 +20,12 @@ __all__ = [
     "adam_update_",
     "affine_reconstruct",
     "affine_reconstruct_",
+    "ans_decode_",
+    "ans_encode",
+    "ans_pack",
     "cmd_assign",
+    "context_conv",
+    "context_conv_pack",
     "embed_select",
     "factorized_rate",
     "gaussian_rate",

@@ -3,7 +3,9 @@
 from . import (
     adam_update,
     affine_reconstruct,
+    ans_coder,
     cmd_assign,
+    context_conv,
     embed_select,
     factorized_rate,
     mixture_rate,
@@ -19,7 +21,9 @@ from . import (
 __all__ = [
     "adam_update",
     "affine_reconstruct",
+    "ans_coder",
     "cmd_assign",
+    "context_conv",
     "embed_select",
     "factorized_rate",
     "mixture_rate",

@@ -1,0 +1,1 @@
+"""Entropy models in the place of CompressAI's."""
