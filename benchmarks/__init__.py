@@ -20,6 +20,7 @@ OPS = (
     "embed_select",
     "ans_coder",
     "context_conv",
+    "gdn",
 )
 WHOLE = ("soap", "stdet_training", "decompress")
 

@@ -8,8 +8,8 @@ import torch
 pytest.importorskip("compressai")
 pytest.importorskip("tqdm")
 
-from lic_fast.benchmarks import acceleration  # noqa: E402
-from lic_fast.benchmarks._rows import read  # noqa: E402
+from lic_fast.benchmarks import acceleration
+from lic_fast.benchmarks._rows import read
 
 
 @pytest.fixture(autouse=True)

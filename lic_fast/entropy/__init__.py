@@ -1,1 +1,29 @@
-"""Entropy models in the place of CompressAI's."""
+"""Drop-ins for CompressAI's modules, on fused ops. A name is imported at its first use: compressai is optional."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+# public name -> the submodule that defines it
+_SUBMODULES = {"GDN": "gdn", "GDN1": "gdn"}
+__all__ = [*_SUBMODULES]
+
+
+def __getattr__(name: str) -> Any:
+    """The public class `name`; ImportError where compressai is missing."""
+    if name not in _SUBMODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        module = importlib.import_module(f".{_SUBMODULES[name]}", __name__)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != "compressai":
+            raise
+        raise ImportError(
+            f"lic_fast.entropy.{name}: CompressAI is not installed; run: pip install lic_fast[compressai]"
+        ) from error
+    return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_SUBMODULES])

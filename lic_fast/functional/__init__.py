@@ -3,6 +3,7 @@
 from .coding import ans_decode_, ans_encode, ans_pack
 from .context import context_conv, context_conv_pack
 from .embedding import FlatLayout, in_memory_order, stdet_adam_step_, stdet_mask_, stdet_reconstruct_
+from .layers import gdn
 from .likelihood import (
     factorized_rate,
     gaussian_rate,
@@ -29,6 +30,7 @@ __all__ = [
     "embed_select",
     "factorized_rate",
     "gaussian_rate",
+    "gdn",
     "in_memory_order",
     "laplace_rate",
     "logistic_rate",

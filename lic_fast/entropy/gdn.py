@@ -1,0 +1,52 @@
+"""CompressAI's GDN and GDN1 on the fused op: subclasses without a parameter, a buffer or an attribute of their own.
+
+An instance of compressai.layers.GDN becomes one of these by `module.__class__ = GDN`, and back: all they add lies in
+the class. Their state_dict is CompressAI's. The bounds are computed from the attributes `minimum` and
+`reparam_offset`, as CompressAI computes its buffers once: the buffers are not read, which would wait for a GPU.
+"""
+
+from __future__ import annotations
+
+import compressai.layers
+from torch import Tensor
+
+from ..functional import gdn
+
+__all__ = ["GDN", "GDN1"]
+
+
+class GDN(compressai.layers.GDN):
+    """compressai.layers.GDN in one fused pass forward and one backward.
+
+    Takes [B, C, H, W] in every dtype that functional.gdn takes, and returns x's dtype. recompute (class or instance
+    attribute): keep nothing but x for the backward pass. Raises what functional.gdn raises.
+    Source: Ballé et al. (ICLR 2016), as in CompressAI.
+    """
+
+    recompute: bool = False
+    simplified: bool = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, H, W]."""
+        return gdn(
+            x,
+            self.beta,
+            self.gamma,
+            inverse=self.inverse,
+            simplified=self.simplified,
+            beta_min=self.beta_reparam.minimum,
+            reparam_offset=self.beta_reparam.reparam_offset,
+            recompute=self.recompute,
+        )
+
+
+class GDN1(compressai.layers.GDN1):
+    """compressai.layers.GDN1, the simplified GDN, as GDN above.
+
+    Raises what functional.gdn raises.
+    Source: Johnston et al. (2019), as in CompressAI.
+    """
+
+    recompute: bool = False
+    simplified: bool = True
+    forward = GDN.forward
