@@ -64,10 +64,12 @@ TENSORS = {
     "affine_reconstruct_fwd_kernel": (3, 1), "affine_reconstruct_list_kernel": (3, 1),
     "affine_reconstruct_bwd_kernel": (1, 3),
     "sensitivity_accumulate_kernel": (2, 1), "rls_update_kernel": (1, 0),
+    "mixture_rate_fwd_kernel": (3, 1), "mixture_rate_bwd_kernel": (5, 3),
 }  # fmt: skip
+VECTORS = [i for i, c in enumerate(CASES) if c[0].fn.__name__ in TENSORS and c[2].get("VECTOR", True)]
 
 
-@pytest.mark.parametrize("case", [i for i, c in enumerate(CASES) if c[0].fn.__name__ in TENSORS])
+@pytest.mark.parametrize("case", VECTORS)
 def test_full_blocks_of_aligned_tensors_take_vectors(case):
     name, values = CASES[case][0].fn.__name__, CASES[case][2]
     built, _ = compiled(case, 90, aligned=True)

@@ -27,7 +27,7 @@ def rate(log_p: Tensor, likelihood_bound: float, output: int, dtype: torch.dtype
     if likelihood_bound > 0:
         log_p = log_p.clamp_min(math.log(likelihood_bound))
     bits = log_p / -math.log(2.0)
-    return (bits.flatten(2).sum(2) if output == BITS_PER_CHANNEL else bits).to(dtype)
+    return (bits.unsqueeze(-1).flatten(2).sum(2) if output == BITS_PER_CHANNEL else bits).to(dtype)
 
 
 def rate_bwd(grad: Tensor, log_p: Tensor, likelihood_bound: float, output: int, dtype: torch.dtype) -> Tensor:
