@@ -21,6 +21,7 @@ OPS = (
     "ans_coder",
     "context_conv",
     "gdn",
+    "mixture_rate",
 )
 WHOLE = ("soap", "stdet_training", "decompress")
 

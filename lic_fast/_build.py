@@ -193,7 +193,11 @@ def _compile_command(backend: str, plan: Plan, source: Path, output: Path) -> li
         "-Wall",
         "-Wextra",
     ]
-    flags += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # g++ 12 warns inside its own AVX-512 headers
+    flags += [
+        "-Wno-maybe-uninitialized",
+        "-Wno-uninitialized",
+        "-Wno-psabi",
+    ]  # g++ 12 warns inside its own AVX-512 headers
     system = [item.replace("-I", "-isystem", 1) if "csrc" not in item else item for item in include]
     return [plan.cxx, *flags, *defines, *system, "-c", str(source), "-o", str(output)]
 

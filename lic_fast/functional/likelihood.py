@@ -117,7 +117,7 @@ def mixture_rate(
     first C channels are the first component's. families: "gaussian", "logistic" or "laplace" for all components, or
     one name for each. weights: probabilities (not normalised here; negative: NaN), or with logits=True their logits,
     normalised by softmax over the components. K is at most 16. "ste" and "dequantize" round y about 0.
-    The rest is as in gaussian_rate, and it raises what that raises.
+    The rest is as in gaussian_rate. Raises what gaussian_rate raises.
 
     Source: Cheng et al., CVPR 2020, the Gaussian mixture; Fu et al., 2021 (arXiv 2107.06463), the three families mixed.
     """

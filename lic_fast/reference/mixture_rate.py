@@ -79,7 +79,7 @@ def _terms(
     # the difference is that of the arithmetic's dtype, as the symbol coder sees it
     d = y_hat.unsqueeze(1) if means is None else y_hat.unsqueeze(1) - means.to(dtype)
     d = d.double().expand_as(scales)
-    s = scales.to(dtype).double().clamp_min(scale_bound)
+    s = scales.to(dtype).clamp_min(scale_bound).double()  # a bound of the arithmetic's dtype, like CompressAI's
     s = torch.where(s > 0, s, math.nan)
     parts = [_FAMILIES[family](d[:, i], s[:, i]) for i, family in enumerate(families)]
     log_p, by_d, by_s = (torch.stack(part, 1) for part in zip(*parts, strict=True))
@@ -122,8 +122,9 @@ def mixture_rate_bwd(
     g = g.unsqueeze(1)
     grad_d = g * share * by_d
     grad_s = g * share * by_s
-    s = scales.to(dtype).double().reshape(grad_s.shape)
-    grad_s = torch.where((s < scale_bound) & ~(grad_s < 0), 0.0, grad_s)
+    s = scales.to(dtype).reshape(grad_s.shape)
+    below = s < torch.tensor(scale_bound, dtype=dtype, device=s.device)
+    grad_s = torch.where(below & ~(grad_s < 0), 0.0, grad_s)
     through = 0.0 if grad_y_hat is None or quantize_mode == NONE else grad_y_hat.double()
     if quantize_mode == DEQUANTIZE:
         grad_y = torch.zeros_like(log_p)

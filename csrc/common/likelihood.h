@@ -1,0 +1,253 @@
+// Densities convolved with a unit box, and their mixtures: what lic_fast/reference/mixture_rate.py specifies, in the
+// precision of the arithmetic and without branches.
+//
+// Templates over a policy M: M::Value is a float or a double, or on the CPU a vector of them, with the language's
+// arithmetic and comparisons; M::Scalar is the type of its elements; M brings select, exp, expm1_negative and others.
+// A density is given as exp(exponent) * factor with a factor that neither under- nor overflows, so that a mixture needs
+// one logarithm. With a = (|d| - 1/2) / s and b = (|d| + 1/2) / s every form is free of differences of near numbers.
+#pragma once
+
+#include "common/polynomial.h"
+#include "common/rate_bound.h"
+
+namespace lic_fast {
+
+enum Family : int32_t { kGaussian = 0, kLogistic = 1, kLaplace = 2 };
+constexpr int64_t kMostComponents = 16;
+#ifdef __CUDACC__
+#define LIC_FAST_UNROLL_FEW(most) _Pragma("unroll 4")
+#else
+#define LIC_FAST_UNROLL_FEW(most)
+#endif
+
+template <class M>
+struct Density {
+  typename M::Value exponent, factor;  // the likelihood is exp(exponent) * factor
+  typename M::Value by_d, by_s;        // derivatives of its logarithm; by_d is that by |d|
+};
+
+// erfcx(x) = exp(x^2) erfc(x) of two x >= 0 with one division. fp32: (x + 2.5) erfcx(x) is a polynomial of
+// t = 1 - 5 / (x + 2.5) in [-1, 1] to 1.3e-7 (of the result, also for large x), 4.5e-7 with rounding.
+template <class M>
+LIC_FAST_ANYWHERE void erfcx2(typename M::Value x, typename M::Value y, typename M::Value& of_x,
+                              typename M::Value& of_y) {
+  using V = typename M::Value;
+  if constexpr (sizeof(typename M::Scalar) == 8) {
+    of_x = M::erfcx(x);
+    of_y = M::erfcx(y);
+  } else {
+    const V p = M::at_most(x, 1e15f) + 2.5f, q = M::at_most(y, 1e15f) + 2.5f;  // further on nothing changes but 1 / x
+    const V both = M::reciprocal(p * q);
+    const V u = both * q, v = both * p;
+    const V t = M::all(1.0f) - u * 5.0f, r = M::all(1.0f) - v * 5.0f;
+    of_x = u * polynomial<M>(t, 1.05403173f, -0.80465275f, 0.453919739f, -0.171237916f, 0.028310271f, 0.00833976362f,
+                             -0.00465758238f, -0.00035443026f, 0.000490826671f);
+    of_y = v * polynomial<M>(r, 1.05403173f, -0.80465275f, 0.453919739f, -0.171237916f, 0.028310271f, 0.00833976362f,
+                             -0.00465758238f, -0.00035443026f, 0.000490826671f);
+  }
+}
+
+// The mean of exp(-z t - h^2 t^2 / 2) over t in [-1, 1], for z <= 1/2 and h <= 1/4, to 1e-7: what the box makes of a
+// normal density with h = 1 / (2 s) and z = |d| / (2 s^2). Double Taylor series in z^2 and h^2.
+template <class M>
+LIC_FAST_ANYWHERE typename M::Value box_mean(typename M::Value z2, typename M::Value h2) {
+  using T = typename M::Scalar;
+  const typename M::Value c0 = polynomial<M>(z2, T(1), T(1.0 / 6), T(1.0 / 120), T(1.0 / 5040));
+  const typename M::Value c1 = polynomial<M>(z2, T(-1.0 / 6), T(-1.0 / 20), T(-1.0 / 336));
+  const typename M::Value c2 = polynomial<M>(z2, T(1.0 / 40), T(1.0 / 112), T(1.0 / 1728));
+  return ((h2 * T(-1.0 / 336) + c2) * h2 + c1) * h2 + c0;
+}
+
+// Three forms. Outside the box (a >= 0) and inside it by erfcx. Where the density is flat over the box both would
+// subtract near numbers: there it is the density at d times box_mean. The derivatives are those of the reference: the
+// hazard (the density at a over the likelihood) is numerator / factor / sqrt(2 pi) in each form.
+template <class M, bool kGradients>
+LIC_FAST_ANYWHERE Density<M> gaussian(typename M::Value distance, typename M::Value s) {
+  using V = typename M::Value;
+  using T = typename M::Scalar;
+  const V inverse = M::reciprocal(s);
+  const V a = (distance - T(0.5)) * inverse, b = (distance + T(0.5)) * inverse, m = distance * inverse;
+  const V drop = -m * inverse;  // (a^2 - b^2) / 2: log of the density at b over that at a
+  const V fall = M::expm1_negative(drop), left = fall + T(1);
+  const V near = a * a * T(-0.5);
+  const auto outside = a >= T(0);
+  Density<M> result;
+  V of_a, of_b, numerator;
+  if constexpr (sizeof(T) == 8) {  // fp64 has digits enough for the differences
+    erfcx2<M>(M::abs(a) * T(0.70710678118654752440), b * T(0.70710678118654752440), of_a, of_b);
+    numerator = M::select(outside, M::all(T(1)), M::exp(near));
+    const V tail = (of_a - left * of_b) * T(0.5);
+    result.factor = M::select(outside, tail, M::all(T(1)) - numerator * (of_a + left * of_b) * T(0.5));
+    result.exponent = M::select(outside, near, V{});
+  } else {
+    const auto flat = M::both(s >= T(2), drop >= T(-1));
+    const V h2 = inverse * inverse * T(0.25), z = drop * T(-0.5);
+    const V density = M::exp(M::select(flat, z - h2 * T(0.5), near));
+    numerator = M::select(outside, M::all(T(1)), density);
+    if (M::any(!flat)) {
+      erfcx2<M>(M::abs(a) * T(0.70710678118654752440), b * T(0.70710678118654752440), of_a, of_b);
+      const V tail = (of_a - left * of_b) * T(0.5);
+      result.factor = M::select(outside, tail, M::all(T(1)) - density * (of_a + left * of_b) * T(0.5));
+    } else {
+      result.factor = V{};
+    }
+    result.exponent = M::select(outside, near, V{});
+    if (M::any(flat)) {
+      numerator = M::select(flat, density, numerator);
+      const V mean = box_mean<M>(z * z, h2) * inverse * T(0.39894228040143267794);
+      result.factor = M::select(flat, mean, result.factor);
+      result.exponent = M::select(flat, m * m * T(-0.5), result.exponent);
+    }
+  }
+  if constexpr (kGradients) {
+    const V rate = numerator * inverse * T(0.39894228040143267794) / result.factor;  // hazard / s
+    result.by_d = rate * fall;
+    result.by_s = rate * (-a * fall - left * inverse);
+  }
+  return result;
+}
+
+// sigmoid(-a) sigmoid(b) (1 - exp(-1 / s)).
+template <class M, bool kGradients>
+LIC_FAST_ANYWHERE Density<M> logistic(typename M::Value distance, typename M::Value s) {
+  using V = typename M::Value;
+  using T = typename M::Scalar;
+  const V inverse = M::reciprocal(s);
+  const V a = (distance - T(0.5)) * inverse, b = (distance + T(0.5)) * inverse;
+  const auto inside = a < T(0);
+  const V width = M::expm1_negative(-inverse);                    // exp(-1 / s) - 1
+  const V slope = M::expm1_negative(distance * inverse * T(-2));  // exp(-a - b) - 1
+  const V at_a = M::exp(-M::abs(a));
+  const V at_b = at_a * (M::select(inside, slope, width) + T(1));  // exp(-b)
+  const V share = M::reciprocal((at_a + T(1)) * (at_b + T(1)));
+  Density<M> result;
+  result.exponent = M::select(inside, V{}, -a);
+  result.factor = -width * share;
+  if constexpr (kGradients) {
+    const V rise = M::select(inside, at_a, M::all(T(1)));  // sigmoid(a) = rise / (1 + at_a)
+    result.by_d = slope * rise * share * inverse;
+    const V edges = (a * rise * (at_b + T(1)) - b * at_b * (at_a + T(1))) * share;
+    result.by_s = (edges + (width + T(1)) * inverse / width) * inverse;
+  }
+  return result;
+}
+
+template <class M, bool kGradients>
+LIC_FAST_ANYWHERE Density<M> laplace(typename M::Value distance, typename M::Value s) {
+  using V = typename M::Value;
+  using T = typename M::Scalar;
+  const V inverse = M::reciprocal(s);
+  const V a = (distance - T(0.5)) * inverse, b = (distance + T(0.5)) * inverse;
+  const auto inside = a < T(0);
+  const V width = M::expm1_negative(-inverse);                    // exp(-1 / s) - 1
+  const V near = M::expm1_negative(-M::abs(a));                   // exp(-|a|) - 1
+  const V slope = M::expm1_negative(distance * inverse * T(-2));  // exp(|a| - b) - 1 inside
+  const V at_a = near + T(1), at_b = at_a * (slope + T(1));       // exp(-|a|), and exp(-b) inside
+  Density<M> result;
+  result.exponent = M::select(inside, V{}, -a);
+  result.factor = M::select(inside, near + (near + slope + near * slope), width) * T(-0.5);
+  if constexpr (kGradients) {
+    const V change = slope * at_a, moment = a * at_a - b * at_b;
+    const V scaled = M::all(T(0.5)) / result.factor * inverse;
+    result.by_d = M::select(inside, change * scaled, -inverse);
+    result.by_s = M::select(inside, moment * scaled, (a + (width + T(1)) * inverse / width) * inverse);
+  }
+  return result;
+}
+
+template <class M, bool kGradients>
+LIC_FAST_ANYWHERE Density<M> density(int32_t family, typename M::Value distance, typename M::Value s) {
+  if (family == kGaussian) return gaussian<M, kGradients>(distance, s);
+  if (family == kLogistic) return logistic<M, kGradients>(distance, s);
+  return laplace<M, kGradients>(distance, s);
+}
+
+// The scale that the density has: no smaller than the bound; NaN where it is not positive. A positive scale is held
+// above 1e-30, so that its reciprocal and the products with it are finite.
+template <class M>
+LIC_FAST_ANYWHERE typename M::Value bounded_scale(typename M::Value scale, typename M::Scalar bound) {
+  using T = typename M::Scalar;
+  const typename M::Value s = M::at_least(scale, bound);
+  return M::select(s > T(0), M::at_least(s, T(1e-30)), M::all(static_cast<T>(NAN)));
+}
+
+// The gradient of a scale: none below the bound, unless it would raise the scale.
+template <class M>
+LIC_FAST_ANYWHERE typename M::Value through_bound(typename M::Value grad, typename M::Value scale,
+                                                  typename M::Scalar bound) {
+  using T = typename M::Scalar;
+  return M::select(M::both(scale < bound, !(grad < T(0))), typename M::Value{}, grad);
+}
+
+// One element (or vector of them) of a mixture.
+template <class M, int64_t kMost>
+struct Mixed {
+  typename M::Value log_p;       // of the mixture
+  typename M::Value sum;         // of what the components add, over exp(top)
+  typename M::Value weight_sum;  // logits only: of exp(logit), the weights here
+  typename M::Value weight[kMost];
+  typename M::Value likelihood[kMost];  // of a component, over exp(top); times the weight where that is a logit's
+  typename M::Value by_d[kMost], by_s[kMost];
+};
+
+// Weights are probabilities (a negative one gives NaN) or logits. `component(k)` loads the k-th component's weight, d
+// and bounded scale. top is the largest exponent of a component that weighs anything, so that the sum cannot overflow,
+// and underflows only where nothing is left.
+template <class M, bool kGradients, int64_t kMost, class Component>
+LIC_FAST_ANYWHERE void mix(int64_t components, const int32_t* families, bool logits, const Component& component,
+                           Mixed<M, kMost>& mixed) {
+  using V = typename M::Value;
+  using T = typename M::Scalar;
+  const V lowest = M::all(T(-3.4e38));  // below what is worth a thought, and finite
+  V most = lowest, top = lowest, exponent[kMost];
+  LIC_FAST_UNROLL_FEW(kMost)
+  for (int64_t k = 0; k < kMost; ++k) {
+    if (k >= components) break;
+    V d, s;
+    component(k, mixed.weight[k], d, s);
+    if (!logits) mixed.weight[k] = M::select(mixed.weight[k] >= T(0), mixed.weight[k], M::all(static_cast<T>(NAN)));
+    const Density<M> part = density<M, kGradients>(families[k], M::abs(d), s);
+    exponent[k] = part.exponent;
+    mixed.likelihood[k] = part.factor;
+    if constexpr (kGradients) {
+      mixed.by_d[k] = M::select(d < T(0), -part.by_d, part.by_d);
+      mixed.by_s[k] = part.by_s;
+    }
+    most = M::greater(mixed.weight[k], most);
+  }
+  LIC_FAST_UNROLL_FEW(kMost)
+  for (int64_t k = 0; k < kMost; ++k) {
+    if (k >= components) break;
+    if (logits) {
+      const V logit = mixed.weight[k] - most;
+      exponent[k] = exponent[k] + logit;
+      mixed.weight[k] = M::exp(logit);
+    }
+    top = M::select(M::both(mixed.weight[k] > T(0), exponent[k] > top), exponent[k], top);
+  }
+  mixed.sum = mixed.weight_sum = V{};
+  LIC_FAST_UNROLL_FEW(kMost)
+  for (int64_t k = 0; k < kMost; ++k) {
+    if (k >= components) break;
+    mixed.likelihood[k] = mixed.likelihood[k] * M::exp(exponent[k] - top);
+    if (logits) {
+      mixed.weight_sum = mixed.weight_sum + mixed.weight[k];
+      mixed.sum = mixed.sum + mixed.likelihood[k];
+    } else {  // a weight of zero takes nothing, not even of an infinite likelihood
+      mixed.sum = mixed.sum + M::select(mixed.weight[k] == T(0), V{}, mixed.weight[k] * mixed.likelihood[k]);
+    }
+  }
+  mixed.log_p = top + M::log(logits ? mixed.sum / mixed.weight_sum : mixed.sum);
+}
+
+// The k-th component's share in the mixture times g, the gradient of log p; and the gradient of its weight.
+template <class M, int64_t kMost>
+LIC_FAST_ANYWHERE void share(const Mixed<M, kMost>& mixed, int64_t k, bool logits, typename M::Value g,
+                             typename M::Value& of_g, typename M::Value& grad_weight) {
+  using V = typename M::Value;
+  const V ratio = mixed.likelihood[k] / mixed.sum * g;
+  of_g = logits ? ratio : M::select(mixed.weight[k] == typename M::Scalar(0), V{}, mixed.weight[k] * ratio);
+  grad_weight = logits ? ratio - mixed.weight[k] / mixed.weight_sum * g : ratio;
+}
+
+}  // namespace lic_fast

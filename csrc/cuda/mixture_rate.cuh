@@ -1,0 +1,305 @@
+// The kernels of mixture_rate.cu.
+#pragma once
+
+#include <type_traits>
+
+#include "common/likelihood.h"
+#include "cuda/device.cuh"
+
+namespace lic_fast {
+namespace {
+
+constexpr int32_t kThreads = 256;
+constexpr int64_t kFew = 4;
+constexpr int64_t kLongRow = 2048;  // from here on a block adds a row, below a warp
+constexpr int64_t kMostBlocks = 65535;
+
+template <class T>
+struct DeviceMath {
+  using Scalar = T;
+  using Value = T;
+  using Mask = bool;
+  static __device__ __forceinline__ T all(T x) { return x; }
+  static __device__ __forceinline__ T select(bool mask, T a, T b) { return mask ? a : b; }
+  static __device__ __forceinline__ bool both(bool a, bool b) { return a & b; }
+  static __device__ __forceinline__ bool any(bool mask) { return mask; }
+  static __device__ __forceinline__ T abs(T x) { return x < 0 ? -x : x; }
+  static __device__ __forceinline__ T at_most(T x, T limit) { return x > limit ? limit : x; }
+  static __device__ __forceinline__ T at_least(T x, T limit) { return x < limit ? limit : x; }
+  static __device__ __forceinline__ T greater(T x, T y) { return x < y ? y : x; }
+  static __device__ __forceinline__ T reciprocal(T x) { return T(1) / x; }
+  static __device__ __forceinline__ float round(float x) { return rintf(x); }
+  static __device__ __forceinline__ double round(double x) { return rint(x); }
+  static __device__ __forceinline__ float exp(float x) { return expf(x); }
+  static __device__ __forceinline__ double exp(double x) { return ::exp(x); }
+  static __device__ __forceinline__ float expm1_negative(float x) { return expm1f(x); }
+  static __device__ __forceinline__ double expm1_negative(double x) { return ::expm1(x); }
+  static __device__ __forceinline__ float log(float x) { return logf(x); }
+  static __device__ __forceinline__ double log(double x) { return ::log(x); }
+  static __device__ __forceinline__ double erfcx(double x) { return ::erfcx(x); }
+};
+
+template <class T>
+using Arithmetic = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+struct Input {
+  const void* data;
+  int64_t stride;
+};
+
+struct Upstream {
+  const void* data;
+  bool one;
+};
+
+struct Job {
+  Input y, scales, means, weights;
+  int64_t batch, sample, inner, components;
+  const int64_t* seed;
+  int32_t families[kMostComponents];
+  int32_t quantize, output;
+  bool logits, vector;
+  double scale_bound, likelihood_bound;
+  void *y_hat, *rate;
+  Upstream grad_y_hat, grad_rate;
+  void *grad_y, *grad_scales, *grad_means, *grad_weights;
+};
+
+template <class T>
+__device__ __forceinline__ Four<T> input4(const Input& input, int64_t b, int64_t i, int64_t end, bool vector) {
+  return load4(static_cast<const T*>(input.data) + b * input.stride, i, end, vector);
+}
+
+// y_hat and the mean it was rounded about, of elements [i, i + 4) of sample b.
+template <class T, class S>
+__device__ __forceinline__ void quantize4(const Job& job, int64_t b, int64_t i, int64_t end, S (&y_hat)[4],
+                                          S (&mean)[4]) {
+  const bool centred = job.means.data && !job.weights.data;
+  const Four<T> y = input4<T>(job.y, b, i, end, job.vector);
+  Four<T> m{};
+  if (centred) m = input4<T>(job.means, b, i, end, job.vector);
+  S u[4] = {};
+  if (job.quantize == kNoise) uniform4(*job.seed, b * job.sample + i, u);
+#pragma unroll
+  for (int32_t e = 0; e < 4; ++e) {
+    const S value = convert<S>(y.at[e]);
+    mean[e] = centred ? convert<S>(m.at[e]) : S(0);
+    switch (job.quantize) {  // unfused: the same bits on every backend
+      case kNotQuantized: y_hat[e] = value; break;
+      case kNoise: y_hat[e] = add(value, u[e]); break;
+      default:
+        y_hat[e] = centred ? add(DeviceMath<S>::round(add(value, -mean[e])), mean[e]) : DeviceMath<S>::round(value);
+    }
+  }
+}
+
+template <class T>
+struct Parameters {  // of one component, four elements
+  Four<T> scale, mean, weight;
+};
+
+template <class T>
+__device__ __forceinline__ Parameters<T> parameters4(const Job& job, int64_t k, int64_t b, int64_t i, int64_t end) {
+  const int64_t shift = k * job.sample;
+  return {input4<T>(job.scales, b, shift + i, shift + end, job.vector),
+          input4<T>(job.means, b, shift + i, shift + end, job.vector),
+          input4<T>(job.weights, b, shift + i, shift + end, job.vector)};
+}
+
+// One element of a mixture; kMost components at most.
+template <class T, bool kGradients, int64_t kMost, class S>
+__device__ __forceinline__ void mix_one(const Job& job, const Parameters<T> (&loaded)[kMost], int32_t e, S y_hat,
+                                        Mixed<DeviceMath<S>, kMost>& mixed) {
+  using M = DeviceMath<S>;
+  const auto component = [&](int64_t k, S& weight, S& d, S& s) {
+    weight = convert<S>(loaded[k].weight.at[e]);
+    d = add(y_hat, -convert<S>(loaded[k].mean.at[e]));
+    s = bounded_scale<M>(convert<S>(loaded[k].scale.at[e]), static_cast<S>(job.scale_bound));
+  };
+  mix<M, kGradients>(job.components, job.families, job.logits, component, mixed);
+}
+
+// The rates of elements [i, i + 4) of sample b; y_hat is stored. kForm: a family, or less -1 the most components.
+template <class T, int32_t kForm, class S>
+__device__ __forceinline__ void forward4(const Job& job, const RateRule<S>& rule, int64_t b, int64_t i, int64_t end,
+                                         S (&rate)[4]) {
+  using M = DeviceMath<S>;
+  S y_hat[4], mean[4], log_p[4];
+  quantize4<T>(job, b, i, end, y_hat, mean);
+  if constexpr (kForm >= 0) {
+    const Four<T> scale = input4<T>(job.scales, b, i, end, job.vector);
+#pragma unroll
+    for (int32_t e = 0; e < 4; ++e) {
+      const S s = bounded_scale<M>(convert<S>(scale.at[e]), static_cast<S>(job.scale_bound));
+      const Density<M> part = density<M, false>(kForm, M::abs(add(y_hat[e], -mean[e])), s);
+      log_p[e] = part.exponent + M::log(part.factor);
+    }
+  } else {
+    constexpr int64_t kMost = -kForm;
+    Parameters<T> loaded[kMost];
+    LIC_FAST_UNROLL_FEW(kMost)
+    for (int64_t k = 0; k < kMost; ++k) {
+      if (k < job.components) loaded[k] = parameters4<T>(job, k, b, i, end);
+    }
+#pragma unroll
+    for (int32_t e = 0; e < 4; ++e) {
+      Mixed<M, kMost> mixed;
+      mix_one<T, false, kMost>(job, loaded, e, y_hat[e], mixed);
+      log_p[e] = mixed.log_p;
+    }
+  }
+#pragma unroll
+  for (int32_t e = 0; e < 4; ++e) rate[e] = rule.template rate<M>(log_p[e]);
+  if (!job.y_hat) return;
+  Four<T> rounded;
+#pragma unroll
+  for (int32_t e = 0; e < 4; ++e) rounded.at[e] = convert<T>(y_hat[e]);
+  store4(static_cast<T*>(job.y_hat) + b * job.sample, i, end, job.vector, rounded);
+}
+
+template <class T, int32_t kForm>
+__global__ void __launch_bounds__(kThreads)
+    mixture_rate_kernel(const __grid_constant__ Job job, const RateRule<Arithmetic<T>> rule) {
+  using S = Arithmetic<T>;
+  const int64_t i = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * 4;
+  if (i >= job.sample) return;
+  for (int64_t b = blockIdx.y; b < job.batch; b += gridDim.y) {
+    S rate[4];
+    forward4<T, kForm>(job, rule, b, i, job.sample, rate);
+    Four<S> out;
+#pragma unroll
+    for (int32_t e = 0; e < 4; ++e) out.at[e] = rate[e];
+    store4(static_cast<S*>(job.rate) + b * job.sample, i, job.sample, job.vector, out);
+  }
+}
+
+// A row (b, c) by `lanes` threads, 32 or kThreads.
+template <class T, int32_t kForm>
+__global__ void __launch_bounds__(kThreads)
+    mixture_rate_rows_kernel(const __grid_constant__ Job job, const RateRule<Arithmetic<T>> rule, int32_t lanes) {
+  using S = Arithmetic<T>;
+  __shared__ double partial[kThreads / 32];
+  const int64_t channels = job.sample / job.inner, rows = job.batch * channels;
+  const int64_t row = int64_t{blockIdx.x} * (kThreads / lanes) + threadIdx.x / lanes;
+  double sum = 0;
+  if (row < rows) {
+    const int64_t b = row / channels, begin = (row - b * channels) * job.inner, end = begin + job.inner;
+    for (int64_t i = begin + threadIdx.x % lanes * 4; i < end; i += int64_t{lanes} * 4) {
+      S rate[4];
+      forward4<T, kForm>(job, rule, b, i, end, rate);
+#pragma unroll
+      for (int32_t e = 0; e < 4; ++e) sum += i + e < end ? static_cast<double>(rate[e]) : 0.0;
+    }
+  }
+  for (int32_t step = 16; step > 0; step >>= 1) sum += __shfl_down_sync(0xFFFFFFFFu, sum, step);
+  if (lanes > 32) {
+    if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = sum;
+    __syncthreads();
+    sum = 0;
+    for (int32_t w = 0; w < kThreads / 32; ++w) sum += partial[w];
+  }
+  if (row < rows && threadIdx.x % lanes == 0) static_cast<S*>(job.rate)[row] = static_cast<S>(sum);
+}
+
+template <class T, class S>
+__device__ __forceinline__ void upstream4(const Upstream& grad, int64_t offset, int64_t i, int64_t end, bool vector,
+                                          S (&out)[4]) {
+  Four<T> loaded{};
+  if (grad.data && !grad.one) loaded = load4(static_cast<const T*>(grad.data) + offset, i, end, vector);
+  const S one = grad.data && grad.one ? convert<S>(*static_cast<const T*>(grad.data)) : S(0);
+#pragma unroll
+  for (int32_t e = 0; e < 4; ++e) out[e] = grad.one ? one : convert<S>(loaded.at[e]);
+}
+
+template <class T>
+__device__ __forceinline__ void put4(void* room, int64_t offset, int64_t i, int64_t end, bool vector,
+                                     const Four<T>& value) {
+  if (room) store4(static_cast<T*>(room) + offset, i, end, vector, value);
+}
+
+template <class T, int32_t kForm, class S>
+__device__ __forceinline__ void backward4(const Job& job, const RateRule<S>& rule, int64_t b, int64_t i,
+                                          const S (&grad)[4], const S (&through)[4]) {
+  using M = DeviceMath<S>;
+  const S bound = static_cast<S>(job.scale_bound);
+  const bool follows = job.quantize == kDequantize;
+  S y_hat[4], mean[4];
+  quantize4<T>(job, b, i, job.sample, y_hat, mean);
+  Four<T> grad_y;
+  if constexpr (kForm >= 0) {
+    const bool needs_p = job.output == kLikelihood || job.likelihood_bound > 0;
+    const Four<T> scale = input4<T>(job.scales, b, i, job.sample, job.vector);
+    Four<T> grad_s, grad_m;
+#pragma unroll
+    for (int32_t e = 0; e < 4; ++e) {
+      const S raw = convert<S>(scale.at[e]), d = add(y_hat[e], -mean[e]);
+      const Density<M> part = density<M, true>(kForm, M::abs(d), bounded_scale<M>(raw, bound));
+      const S g = rule.template upstream<M>(grad[e], needs_p ? part.exponent + M::log(part.factor) : S(0));
+      const S grad_d = g * (d < 0 ? -part.by_d : part.by_d);
+      grad_s.at[e] = convert<T>(through_bound<M>(g * part.by_s, raw, bound));
+      grad_m.at[e] = convert<T>(follows ? through[e] : -grad_d);
+      grad_y.at[e] = convert<T>(follows ? S(0) : grad_d + through[e]);
+    }
+    put4(job.grad_scales, b * job.sample, i, job.sample, job.vector, grad_s);
+    put4(job.grad_means, b * job.sample, i, job.sample, job.vector, grad_m);
+  } else {
+    constexpr int64_t kMost = -kForm;
+    Parameters<T> loaded[kMost];  // and, element by element, their gradients
+    LIC_FAST_UNROLL_FEW(kMost)
+    for (int64_t k = 0; k < kMost; ++k) {
+      if (k < job.components) loaded[k] = parameters4<T>(job, k, b, i, job.sample);
+    }
+#pragma unroll
+    for (int32_t e = 0; e < 4; ++e) {
+      Mixed<M, kMost> mixed;
+      mix_one<T, true, kMost>(job, loaded, e, y_hat[e], mixed);
+      const S g = rule.template upstream<M>(grad[e], mixed.log_p);
+      S sum = through[e];
+      LIC_FAST_UNROLL_FEW(kMost)
+      for (int64_t k = 0; k < kMost; ++k) {
+        if (k >= job.components) break;
+        S own, grad_weight;
+        share<M>(mixed, k, job.logits, g, own, grad_weight);
+        const S raw = convert<S>(loaded[k].scale.at[e]), grad_d = own * mixed.by_d[k];
+        sum += grad_d;
+        loaded[k].scale.at[e] = convert<T>(through_bound<M>(own * mixed.by_s[k], raw, bound));
+        loaded[k].mean.at[e] = convert<T>(-grad_d);
+        loaded[k].weight.at[e] = convert<T>(grad_weight);
+      }
+      grad_y.at[e] = convert<T>(follows ? S(0) : sum);
+    }
+    LIC_FAST_UNROLL_FEW(kMost)
+    for (int64_t k = 0; k < kMost; ++k) {
+      if (k >= job.components) break;
+      const int64_t shift = k * job.sample, offset = b * job.sample * job.components + shift;
+      put4(job.grad_scales, offset, i, job.sample, job.vector, loaded[k].scale);
+      put4(job.grad_means, offset, i, job.sample, job.vector, loaded[k].mean);
+      put4(job.grad_weights, offset, i, job.sample, job.vector, loaded[k].weight);
+    }
+  }
+  put4(job.grad_y, b * job.sample, i, job.sample, job.vector, grad_y);
+}
+
+template <class T, int32_t kForm>
+__global__ void __launch_bounds__(kThreads)
+    mixture_rate_bwd_kernel(const __grid_constant__ Job job, const RateRule<Arithmetic<T>> rule) {
+  using S = Arithmetic<T>;
+  const int64_t i = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * 4;
+  if (i >= job.sample) return;
+  const bool rows = job.output == kBitsPerChannel && job.grad_rate.data && !job.grad_rate.one;
+  for (int64_t b = blockIdx.y; b < job.batch; b += gridDim.y) {
+    S grad[4], through[4];
+    if (rows) {
+      const S* by_row = static_cast<const S*>(job.grad_rate.data) + b * (job.sample / job.inner);
+#pragma unroll
+      for (int32_t e = 0; e < 4; ++e) grad[e] = i + e < job.sample ? by_row[(i + e) / job.inner] : S(0);
+    } else {
+      upstream4<S>(job.grad_rate, b * job.sample, i, job.sample, job.vector, grad);
+    }
+    upstream4<T>(job.grad_y_hat, b * job.sample, i, job.sample, job.vector, through);
+    backward4<T, kForm>(job, rule, b, i, grad, through);
+  }
+}
+
+}  // namespace
+}  // namespace lic_fast
