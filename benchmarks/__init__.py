@@ -22,6 +22,7 @@ OPS = (
     "context_conv",
     "gdn",
     "mixture_rate",
+    "factorized_rate",
 )
 WHOLE = ("soap", "stdet_training", "decompress")
 

@@ -14,6 +14,17 @@ if _os.path.isfile(_os.path.join(_checkout, "csrc", "bind.cpp")):
 
 from . import functional, optim  # noqa: E402
 from ._dispatch import BackendError, Explanation, explain, use_backend  # noqa: E402
+from .patch import accelerate, restore  # noqa: E402
 
 __version__ = "0.1.0"
-__all__ = ["BackendError", "Explanation", "__version__", "explain", "functional", "optim", "use_backend"]
+__all__ = [
+    "BackendError",
+    "Explanation",
+    "__version__",
+    "accelerate",
+    "explain",
+    "functional",
+    "optim",
+    "restore",
+    "use_backend",
+]

@@ -32,7 +32,7 @@ ALLOWED = {
     "doctor": BASE | {"_native", "_triton"},
     "cli": BASE | {"doctor", "training"},
     "__main__": {"cli"},
-    "__init__": BASE | {"functional", "optim"},
+    "__init__": BASE | {"functional", "optim", "patch"},
 }
 OPTIONAL = {
     "compressai",

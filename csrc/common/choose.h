@@ -51,11 +51,41 @@ LIC_FAST_ANYWHERE auto less(V a, V b) {
 // a where the comparison holds, else b
 template <class C, class V>
 LIC_FAST_ANYWHERE V choose(C comparison, V a, V b) {
-  if constexpr (std::is_same_v<C, bool>) {
+  if constexpr (std::is_arithmetic_v<V>) {  // | and & make an int of two bools
     return comparison ? a : b;
   } else {
     return V((comparison & C(a)) | (~comparison & C(b)));
   }
+}
+
+// x, or the limit where x is beyond it; NaN stays.
+template <class V>
+LIC_FAST_ANYWHERE V at_most(V x, V limit) {
+#ifdef LIC_FAST_LESS16
+  if constexpr (!std::is_arithmetic_v<V> && sizeof(V) == 64) {
+    return V(__builtin_ia32_minps512_mask(limit, x, V{}, -1, 4));
+  } else if constexpr (!std::is_arithmetic_v<V> && sizeof(V) == 32) {
+    return V(__builtin_ia32_minps256(limit, x));
+  } else {
+    return choose(less(limit, x), limit, x);
+  }
+#else
+  return choose(less(limit, x), limit, x);
+#endif
+}
+template <class V>
+LIC_FAST_ANYWHERE V at_least(V x, V limit) {
+#ifdef LIC_FAST_LESS16
+  if constexpr (!std::is_arithmetic_v<V> && sizeof(V) == 64) {
+    return V(__builtin_ia32_maxps512_mask(limit, x, V{}, -1, 4));
+  } else if constexpr (!std::is_arithmetic_v<V> && sizeof(V) == 32) {
+    return V(__builtin_ia32_maxps256(limit, x));
+  } else {
+    return choose(less(x, limit), limit, x);
+  }
+#else
+  return choose(less(x, limit), limit, x);
+#endif
 }
 
 }  // namespace lic_fast

@@ -61,4 +61,16 @@ struct StretchNoise<VectorMath<Isa>> {
   }
 };
 
+// u[0, n): the noise of elements first, first + 1, ... and not one more.
+template <class M>
+LIC_FAST_INLINE void noise_stretch(int64_t seed, int64_t first, int64_t n, typename M::Scalar* u) {
+  constexpr int64_t kPiece = 64;
+  typename M::Scalar room[kPiece + StretchNoise<M>::kSlack];
+  for (int64_t done = 0; done < n; done += kPiece) {
+    const int64_t here = n - done < kPiece ? n - done : kPiece;
+    const int64_t skip = StretchNoise<M>::fill(seed, first + done, here, room);
+    std::memcpy(u + done, room + skip, here * sizeof *u);
+  }
+}
+
 }  // namespace lic_fast

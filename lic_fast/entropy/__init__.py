@@ -6,12 +6,19 @@ import importlib
 from typing import Any
 
 # public name -> the submodule that defines it
-_SUBMODULES = {"GDN": "gdn", "GDN1": "gdn"}
+_SUBMODULES = {
+    "EntropyBottleneck": "entropy_bottleneck",
+    "GDN": "gdn",
+    "GDN1": "gdn",
+    "GaussianConditional": "gaussian_conditional",
+    "GaussianMixtureConditional": "gaussian_mixture",
+    "solve_quantiles": "entropy_bottleneck",
+}
 __all__ = [*_SUBMODULES]
 
 
 def __getattr__(name: str) -> Any:
-    """The public class `name`; ImportError where compressai is missing."""
+    """The public name `name`; ImportError where compressai is missing."""
     if name not in _SUBMODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid, softplus
 
 from ._bound import arithmetic_dtype, rate, rate_bwd
 from ._noise import DEQUANTIZE, NOISE, NONE, STE, quantize
@@ -71,7 +71,7 @@ def _walk_back(
 
 def _log_likelihood(lower: Tensor, upper: Tensor) -> Tensor:
     """log(sigmoid(upper) - sigmoid(lower)), without the difference of near numbers."""
-    return (-torch.expm1(lower - upper)).log() - softplus(-upper) - softplus(lower)
+    return (-torch.expm1(lower - upper)).log() + logsigmoid(upper) + logsigmoid(-lower)
 
 
 def _centre(medians: Tensor | None, y: Tensor) -> Tensor | None:
@@ -79,7 +79,8 @@ def _centre(medians: Tensor | None, y: Tensor) -> Tensor | None:
 
 
 def _by_channel(values: Tensor) -> Tensor:
-    return values.double().transpose(0, 1).reshape(values.shape[1], 1, -1)
+    channels = values.shape[1]
+    return values.double().transpose(0, 1).reshape(channels, 1, values.numel() // max(channels, 1))
 
 
 def _as(y: Tensor, by_channel: Tensor) -> Tensor:
@@ -96,7 +97,7 @@ def factorized_rate(
     lower, upper = (logits_cumulative(values + side, wide, filters) for side in (-0.5, 0.5))
     log_p = _as(y, _log_likelihood(lower, upper))
     result = rate(log_p, likelihood_bound, output, arithmetic_dtype(y)).contiguous()
-    return y.new_empty(0) if quantize_mode == NONE else y_hat.to(y.dtype), result
+    return y.new_empty(0) if quantize_mode == NONE else y_hat.to(y.dtype).contiguous(), result
 
 
 def factorized_rate_bwd(

@@ -96,8 +96,8 @@ def mixture_rate(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y_hat of y's dtype, without elements where nothing is quantised; the rate as _bound.rate gives it)."""
     y_hat, *_, log_p = _terms(y, scales, means, weights, seed, families, quantize_mode, scale_bound, logits)
-    result = rate(log_p, likelihood_bound, output, arithmetic_dtype(y))
-    return y.new_empty(0) if quantize_mode == NONE else y_hat.to(y.dtype), result
+    result = rate(log_p, likelihood_bound, output, arithmetic_dtype(y)).contiguous()
+    return y.new_empty(0) if quantize_mode == NONE else y_hat.to(y.dtype).contiguous(), result
 
 
 def mixture_rate_bwd(
