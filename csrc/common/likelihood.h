@@ -39,7 +39,7 @@ LIC_FAST_ANYWHERE void erfcx2(typename M::Value x, typename M::Value y, typename
     const V p = M::at_most(x, 1e15f) + 2.5f, q = M::at_most(y, 1e15f) + 2.5f;  // further on nothing changes but 1 / x
     const V both = M::reciprocal(p * q);
     const V u = both * q, v = both * p;
-    const V t = M::all(1.0f) - u * 5.0f, r = M::all(1.0f) - v * 5.0f;
+    const V t = M::fused(u, M::all(-5.0f), M::all(1.0f)), r = M::fused(v, M::all(-5.0f), M::all(1.0f));
     of_x = u * polynomial<M>(t, 1.05403173f, -0.80465275f, 0.453919739f, -0.171237916f, 0.028310271f, 0.00833976362f,
                              -0.00465758238f, -0.00035443026f, 0.000490826671f);
     of_y = v * polynomial<M>(r, 1.05403173f, -0.80465275f, 0.453919739f, -0.171237916f, 0.028310271f, 0.00833976362f,
@@ -55,7 +55,7 @@ LIC_FAST_ANYWHERE typename M::Value box_mean(typename M::Value z2, typename M::V
   const typename M::Value c0 = polynomial<M>(z2, T(1), T(1.0 / 6), T(1.0 / 120), T(1.0 / 5040));
   const typename M::Value c1 = polynomial<M>(z2, T(-1.0 / 6), T(-1.0 / 20), T(-1.0 / 336));
   const typename M::Value c2 = polynomial<M>(z2, T(1.0 / 40), T(1.0 / 112), T(1.0 / 1728));
-  return ((h2 * T(-1.0 / 336) + c2) * h2 + c1) * h2 + c0;
+  return M::fused(M::fused(M::fused(h2, M::all(T(-1.0 / 336)), c2), h2, c1), h2, c0);
 }
 
 // Three forms. Outside the box (a >= 0) and inside it by erfcx. Where the density is flat over the box both would
@@ -187,15 +187,13 @@ struct Mixed {
   typename M::Value weight_sum;  // logits only: of exp(logit), the weights here
   typename M::Value weight[kMost];
   typename M::Value likelihood[kMost];  // of a component, over exp(top); times the weight where that is a logit's
-  typename M::Value by_d[kMost], by_s[kMost];
 };
 
-// Weights are probabilities (a negative one gives NaN) or logits. `component(k)` loads the k-th component's weight, d
-// and bounded scale. top is the largest exponent of a component that weighs anything, so that the sum cannot overflow,
+// Weights are probabilities (a negative one gives NaN) or logits. `component` gives the k-th component's weight, and
+// the exponent and factor of its density. top is the largest exponent of a component that weighs anything, so that the sum cannot overflow,
 // and underflows only where nothing is left.
-template <class M, bool kGradients, int64_t kMost, class Component>
-LIC_FAST_ANYWHERE void mix(int64_t components, const int32_t* families, bool logits, const Component& component,
-                           Mixed<M, kMost>& mixed) {
+template <class M, int64_t kMost, class Component>
+LIC_FAST_ANYWHERE void mix(int64_t components, bool logits, const Component& component, Mixed<M, kMost>& mixed) {
   using V = typename M::Value;
   using T = typename M::Scalar;
   const V lowest = M::all(T(-3.4e38));  // below what is worth a thought, and finite
@@ -203,16 +201,8 @@ LIC_FAST_ANYWHERE void mix(int64_t components, const int32_t* families, bool log
   LIC_FAST_UNROLL_FEW(kMost)
   for (int64_t k = 0; k < kMost; ++k) {
     if (k >= components) break;
-    V d, s;
-    component(k, mixed.weight[k], d, s);
+    component(k, mixed.weight[k], exponent[k], mixed.likelihood[k]);
     if (!logits) mixed.weight[k] = M::select(mixed.weight[k] >= T(0), mixed.weight[k], M::all(static_cast<T>(NAN)));
-    const Density<M> part = density<M, kGradients>(families[k], M::abs(d), s);
-    exponent[k] = part.exponent;
-    mixed.likelihood[k] = part.factor;
-    if constexpr (kGradients) {
-      mixed.by_d[k] = M::select(d < T(0), -part.by_d, part.by_d);
-      mixed.by_s[k] = part.by_s;
-    }
     most = M::greater(mixed.weight[k], most);
   }
   LIC_FAST_UNROLL_FEW(kMost)
@@ -241,11 +231,12 @@ LIC_FAST_ANYWHERE void mix(int64_t components, const int32_t* families, bool log
 }
 
 // The k-th component's share in the mixture times g, the gradient of log p; and the gradient of its weight.
+// scaled: g / mixed.sum.
 template <class M, int64_t kMost>
 LIC_FAST_ANYWHERE void share(const Mixed<M, kMost>& mixed, int64_t k, bool logits, typename M::Value g,
-                             typename M::Value& of_g, typename M::Value& grad_weight) {
+                             typename M::Value scaled, typename M::Value& of_g, typename M::Value& grad_weight) {
   using V = typename M::Value;
-  const V ratio = mixed.likelihood[k] / mixed.sum * g;
+  const V ratio = mixed.likelihood[k] * scaled;
   of_g = logits ? ratio : M::select(mixed.weight[k] == typename M::Scalar(0), V{}, mixed.weight[k] * ratio);
   grad_weight = logits ? ratio - mixed.weight[k] / mixed.weight_sum * g : ratio;
 }

@@ -61,29 +61,56 @@ struct Settings {
   typename M::Scalar scale_bound;
 };
 
-// A mixture reads 3 K streams at once, more than processors follow by themselves: asks for the next block of each.
-template <class T>
-LIC_FAST_INLINE void prefetch_next(const MixtureJob& job, const Sample<T>& from, int64_t block, int64_t end) {
-  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
-  const int64_t begin = block + kBlock, stop = std::min(begin + kBlock, end);
-  for (int64_t k = 0; k < job.components; ++k) {
-    for (const T* stream : {from.scales, from.means, from.weights}) {
-      for (int64_t i = begin; i < stop; i += kLine) __builtin_prefetch(stream + k * job.sample + i);
+// What the components of a mixture come to over one block. They are computed one after the other: so memory is read in
+// few streams at a time, and each family's loop has no branch in it.
+template <class M>
+struct Parts {
+  using S = typename M::Scalar;
+  alignas(64) S exponent[kMostComponents][kBlock], factor[kMostComponents][kBlock];
+  alignas(64) S by_d[kMostComponents][kBlock], by_s[kMostComponents][kBlock];
+};
+
+template <class M, class T, bool kGradients, int32_t kFamily>
+LIC_FAST_INLINE void component_block(const Settings<M>& set, const T* means, const T* scales,
+                                     const typename M::Scalar* y_hat, int64_t n, int64_t k, Parts<M>& parts) {
+  using V = typename M::Value;
+  for (int64_t j = 0; j < n; j += M::kLanes) {
+    const V d = M::load(y_hat + j) - load_part<M>(means + j, n - j);
+    const V s = bounded_scale<M>(load_part<M>(scales + j, n - j), set.scale_bound);
+    const Density<M> part = density<M, kGradients>(kFamily, M::abs(d), s);
+    M::store(parts.exponent[k] + j, part.exponent);
+    M::store(parts.factor[k] + j, part.factor);
+    if constexpr (kGradients) {
+      M::store(parts.by_d[k] + j, M::select(d < 0, -part.by_d, part.by_d));
+      M::store(parts.by_s[k] + j, part.by_s);
     }
   }
 }
 
-template <class M, bool kGradients, class T>
-LIC_FAST_INLINE void mix_at(const MixtureJob& job, const Settings<M>& set, const Sample<T>& from, int64_t i, int64_t n,
-                            typename M::Value y_hat, Mixed<M, kMostComponents>& mixed) {
+template <class M, class T, bool kGradients>
+LIC_FAST_INLINE void components_of_block(const MixtureJob& job, const Settings<M>& set, const Sample<T>& from,
+                                         int64_t i, int64_t n, const typename M::Scalar* y_hat, Parts<M>& parts) {
+  for (int64_t k = 0; k < job.components; ++k) {
+    const T *means = from.means + k * job.sample + i, *scales = from.scales + k * job.sample + i;
+    switch (job.families[k]) {
+      case kGaussian: component_block<M, T, kGradients, kGaussian>(set, means, scales, y_hat, n, k, parts); break;
+      case kLogistic: component_block<M, T, kGradients, kLogistic>(set, means, scales, y_hat, n, k, parts); break;
+      default: component_block<M, T, kGradients, kLaplace>(set, means, scales, y_hat, n, k, parts);
+    }
+  }
+}
+
+// Mixes elements j, j + 1, ... of the block that begins at element i of the sample.
+template <class M, class T>
+LIC_FAST_INLINE void mix_at(const MixtureJob& job, const Sample<T>& from, const Parts<M>& parts, int64_t i, int64_t j,
+                            int64_t n, Mixed<M, kMostComponents>& mixed) {
   using V = typename M::Value;
-  const auto component = [&](int64_t k, V& weight, V& d, V& s) __attribute__((always_inline)) {
-    const int64_t place = k * job.sample + i;
-    weight = load_part<M>(from.weights + place, n);
-    d = y_hat - load_part<M>(from.means + place, n);
-    s = bounded_scale<M>(load_part<M>(from.scales + place, n), set.scale_bound);
+  const auto component = [&](int64_t k, V& weight, V& exponent, V& factor) __attribute__((always_inline)) {
+    weight = load_part<M>(from.weights + k * job.sample + i + j, n - j);
+    exponent = M::load(parts.exponent[k] + j);
+    factor = M::load(parts.factor[k] + j);
   };
-  mix<M, kGradients>(job.components, job.families, job.logits, component, mixed);
+  mix<M>(job.components, job.logits, component, mixed);
 }
 
 template <class M>
@@ -121,13 +148,25 @@ LIC_FAST_INLINE const typename M::Scalar* noise_of(const MixtureJob& job, const 
   return room + StretchNoise<M>::fill(job.seed, at.b * job.sample + i, n, room);
 }
 
+// The quantised values of a mixture's block, which rounds about zero.
+template <class M, class T>
+LIC_FAST_INLINE void quantize_block(const MixtureJob& job, const Sample<T>& from, const typename M::Scalar* noise,
+                                    int64_t i, int64_t n, typename M::Scalar* y_hat) {
+  using V = typename M::Value;
+  for (int64_t j = 0; j < n; j += M::kLanes) {
+    const V y = load_part<M>(from.y + i + j, n - j);
+    M::store(y_hat + j, quantized<typename M::Scalar>(y, V{}, M::load(noise + j), job.quantize, false));
+  }
+}
+
 // kFamily: that of the only component, or -1 for a mixture.
 template <class M, class T, int32_t kFamily>
 LIC_FAST_INLINE void forward(const MixtureJob& job, const Stretch& at) {
   using V = typename M::Value;
   using S = typename M::Scalar;
   alignas(64) S noise_room[kNoiseRoom<M>] = {};
-  alignas(64) S bits[kBlock + M::kLanes];
+  alignas(64) S bits[kBlock + M::kLanes], y_hats[kFamily < 0 ? kBlock + M::kLanes : 1];
+  Parts<M> parts[kFamily < 0 ? 1 : 0];
   const Settings<M> set(job);
   const Sample<T> from(job, at.b);
   const bool centred = from.means && !from.weights;
@@ -137,7 +176,10 @@ LIC_FAST_INLINE void forward(const MixtureJob& job, const Stretch& at) {
   for (int64_t block = at.begin; block < at.end; block += kBlock) {
     const int64_t n = std::min(kBlock, at.end - block);
     const S* noise = noise_of<M>(job, at, block, n, noise_room);
-    if constexpr (kFamily < 0) prefetch_next(job, from, block, at.end);
+    if constexpr (kFamily < 0) {
+      quantize_block<M>(job, from, noise, block, n, y_hats);
+      components_of_block<M, T, false>(job, set, from, block, n, y_hats, parts[0]);
+    }
     for (int64_t j = 0; j < n; j += M::kLanes) {
       const int64_t i = block + j, left = n - j;
       const V mean = centred ? load_part<M>(from.means + i, left) : V{};
@@ -149,7 +191,7 @@ LIC_FAST_INLINE void forward(const MixtureJob& job, const Stretch& at) {
         const Density<M> part = density<M, false>(kFamily, M::abs(y_hat - mean), s);
         log_p = part.exponent + M::log(part.factor);
       } else {
-        mix_at<M, false>(job, set, from, i, left, y_hat, mixed);
+        mix_at<M>(job, from, parts[0], block, j, n, mixed);
         log_p = mixed.log_p;
       }
       const V rate = set.rule.template rate<M>(log_p);
@@ -216,7 +258,8 @@ LIC_FAST_INLINE void backward(const MixtureJob& job, const Stretch& at) {
   using V = typename M::Value;
   using S = typename M::Scalar;
   alignas(64) S noise_room[kNoiseRoom<M>] = {};
-  alignas(64) S by_row[kBlock + M::kLanes] = {};
+  alignas(64) S by_row[kBlock + M::kLanes] = {}, y_hats[kFamily < 0 ? kBlock + M::kLanes : 1];
+  Parts<M> parts[kFamily < 0 ? 1 : 0];
   const Settings<M> set(job);
   const Sample<T> from(job, at.b);
   const Rooms<T> to(job, at.b);
@@ -228,7 +271,10 @@ LIC_FAST_INLINE void backward(const MixtureJob& job, const Stretch& at) {
     const int64_t n = std::min(kBlock, at.end - block);
     const S* noise = noise_of<M>(job, at, block, n, noise_room);
     if (rows) spread_rows<M>(job, at, block, n, by_row);
-    if constexpr (kFamily < 0) prefetch_next(job, from, block, at.end);
+    if constexpr (kFamily < 0) {
+      quantize_block<M>(job, from, noise, block, n, y_hats);
+      components_of_block<M, T, true>(job, set, from, block, n, y_hats, parts[0]);
+    }
     for (int64_t j = 0; j < n; j += M::kLanes) {
       const int64_t i = block + j, left = n - j, global = at.b * job.sample + i;
       const V mean = centred ? load_part<M>(from.means + i, left) : V{};
@@ -244,13 +290,14 @@ LIC_FAST_INLINE void backward(const MixtureJob& job, const Stretch& at) {
         const V by_d = M::select(d < 0, -part.by_d, part.by_d);
         grad_y = component_grads<M>(job, set, from, to, i, left, g, by_d, part.by_s);
       } else {
-        mix_at<M, true>(job, set, from, i, left, y_hat, mixed);
-        const V g = set.rule.template upstream<M>(grad, mixed.log_p);
+        mix_at<M>(job, from, parts[0], block, j, n, mixed);
+        const V g = set.rule.template upstream<M>(grad, mixed.log_p), scaled = g / mixed.sum;
         for (int64_t k = 0; k < job.components; ++k) {
           const int64_t place = k * job.sample + i;
           V own, grad_weight;
-          share<M>(mixed, k, job.logits, g, own, grad_weight);
-          grad_y = grad_y + component_grads<M>(job, set, from, to, place, left, own, mixed.by_d[k], mixed.by_s[k]);
+          share<M>(mixed, k, job.logits, g, scaled, own, grad_weight);
+          const V by_d = M::load(parts[0].by_d[k] + j), by_s = M::load(parts[0].by_s[k] + j);
+          grad_y = grad_y + component_grads<M>(job, set, from, to, place, left, own, by_d, by_s);
           if (to.weights) store_part<M>(to.weights + place, grad_weight, left);
         }
       }

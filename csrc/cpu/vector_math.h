@@ -2,9 +2,9 @@
 // over.
 //
 // VectorMath<Isa>: fp32, one register of Isa, on GCC's vector extensions; + - * / and comparisons are the language's
-// own. Branch-free, accurate to a few units in the last place, NaN in gives NaN out. Nothing is fused or reassociated,
-// so that every lane of every instruction set computes the same bits. To be used inside the always-inline bodies of
-// LIC_FAST_SIMD_VARIANTS only: there the compiler knows the instruction set when it makes code.
+// own. Branch-free, accurate to a few units in the last place, NaN in gives NaN out. Only these functions fuse products
+// with sums, where the instruction set can: AVX2 and AVX-512 give the same bits, Generic others. To be used inside the
+// always-inline bodies of LIC_FAST_SIMD_VARIANTS only: there the compiler knows the instruction set when it makes code.
 // ScalarMath: the same names for one double, by libm.
 //
 // Polynomials: least maximum of the relative error over the reduced range, by Lawson's iteration in fp64.
@@ -37,7 +37,7 @@ inline constexpr int64_t kVectorBytes<Avx512> = 64;
 // half.
 template <class Isa>
 struct Lanes;
-#define LIC_FAST_LANES(Isa, bytes, product, first_half, second_half)                                               \
+#define LIC_FAST_LANES(Isa, bytes, fusion, product, first_half, second_half)                                       \
   template <>                                                                                                      \
   struct Lanes<Isa> {                                                                                              \
     typedef float Floats __attribute__((vector_size(bytes)));                                                      \
@@ -48,6 +48,7 @@ struct Lanes;
     static LIC_FAST_INLINE Bits widen(Half half) { return __builtin_convertvector(half, Bits); }                   \
     static LIC_FAST_INLINE Half narrow(Bits bits) { return __builtin_convertvector(bits, Half); }                  \
     static LIC_FAST_INLINE Floats to_float(Integers x) { return __builtin_convertvector(x, Floats); }              \
+    static LIC_FAST_INLINE Floats fused(Floats a, Floats b, Floats c) { return fusion; }                           \
     static LIC_FAST_INLINE Wide low_product(Wide a, uint32_t b) { return product; }                                \
     static LIC_FAST_INLINE Wide first_pairs(Wide a, Wide b) { return __builtin_shuffle(a, b, Wide first_half); }   \
     static LIC_FAST_INLINE Wide second_pairs(Wide a, Wide b) { return __builtin_shuffle(a, b, Wide second_half); } \
@@ -55,17 +56,19 @@ struct Lanes;
 #define LIC_FAST_LIST(...) {__VA_ARGS__}
 #if defined(__x86_64__)
 // The builtins, not the intrinsics: code without a target may mention them as long as it is inlined where there is one.
-LIC_FAST_LANES(Generic, 16, Wide(__builtin_ia32_pmuludq128(Integers(a), Integers(Wide{} + b))), LIC_FAST_LIST(0, 2),
-               LIC_FAST_LIST(1, 3));
-LIC_FAST_LANES(Avx2, 32, Wide(__builtin_ia32_pmuludq256(Integers(a), Integers(Wide{} + b))), LIC_FAST_LIST(0, 4, 1, 5),
+LIC_FAST_LANES(Generic, 16, a* b + c, Wide(__builtin_ia32_pmuludq128(Integers(a), Integers(Wide{} + b))),
+               LIC_FAST_LIST(0, 2), LIC_FAST_LIST(1, 3));
+LIC_FAST_LANES(Avx2, 32, Floats(__builtin_ia32_vfmaddps256(a, b, c)),
+               Wide(__builtin_ia32_pmuludq256(Integers(a), Integers(Wide{} + b))), LIC_FAST_LIST(0, 4, 1, 5),
                LIC_FAST_LIST(2, 6, 3, 7));
 typedef long long Eight64 __attribute__((vector_size(64)));
-LIC_FAST_LANES(Avx512, 64, Wide(__builtin_ia32_pmuludq512_mask(Integers(a), Integers(Wide{} + b), Eight64{}, 255)),
+LIC_FAST_LANES(Avx512, 64, Floats(__builtin_ia32_vfmaddps512_mask(a, b, c, -1, 4)),
+               Wide(__builtin_ia32_pmuludq512_mask(Integers(a), Integers(Wide{} + b), Eight64{}, 255)),
                LIC_FAST_LIST(0, 8, 1, 9, 2, 10, 3, 11), LIC_FAST_LIST(4, 12, 5, 13, 6, 14, 7, 15));
 #else
-LIC_FAST_LANES(Generic, 16, (a & 0xFFFFFFFFu) * b, LIC_FAST_LIST(0, 2), LIC_FAST_LIST(1, 3));
-LIC_FAST_LANES(Avx2, 32, (a & 0xFFFFFFFFu) * b, LIC_FAST_LIST(0, 4, 1, 5), LIC_FAST_LIST(2, 6, 3, 7));
-LIC_FAST_LANES(Avx512, 64, (a & 0xFFFFFFFFu) * b, LIC_FAST_LIST(0, 8, 1, 9, 2, 10, 3, 11),
+LIC_FAST_LANES(Generic, 16, a* b + c, (a & 0xFFFFFFFFu) * b, LIC_FAST_LIST(0, 2), LIC_FAST_LIST(1, 3));
+LIC_FAST_LANES(Avx2, 32, a* b + c, (a & 0xFFFFFFFFu) * b, LIC_FAST_LIST(0, 4, 1, 5), LIC_FAST_LIST(2, 6, 3, 7));
+LIC_FAST_LANES(Avx512, 64, a* b + c, (a & 0xFFFFFFFFu) * b, LIC_FAST_LIST(0, 8, 1, 9, 2, 10, 3, 11),
                LIC_FAST_LIST(4, 12, 5, 13, 6, 14, 7, 15));
 #endif
 #undef LIC_FAST_LIST
@@ -81,6 +84,8 @@ struct VectorMath {
   using Half = typename Lanes<Isa>::Half;
 
   static LIC_FAST_INLINE Value all(float value) { return Value{} + value; }
+  // a * b + c, rounded once where the instruction set can. Never for noise or quantised values.
+  static LIC_FAST_INLINE Value fused(Value a, Value b, Value c) { return Lanes<Isa>::fused(a, b, c); }
   // g++ 12 would fold nested selections, and "and" of comparisons, into operations on masks of a kind that it then
   // takes apart lane by lane on AVX-512 (the masks' type was chosen before it knew the instruction set). The empty
   // statements keep it from looking across: no instruction in select, a move in `both`.
@@ -138,11 +143,11 @@ struct VectorMath {
   // of a sum so large that its last bit counts whole numbers; a NaN leaves them 0.
   static LIC_FAST_INLINE Value reduced_expm1(Value x, Bits& power) {
     constexpr float kShift = 12582912.0f;  // 1.5 * 2^23
-    const Value shifted = x * 1.44269504f + kShift;
+    const Value shifted = fused(x, all(1.44269504f), all(kShift));
     const Value n = shifted - kShift;
-    const Value r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // the first product is exact
+    const Value r = fused(n, all(2.12194440e-4f), fused(n, all(-0.693359375f), x));  // first one exact
     power = Bits(shifted) << 23;
-    return r + r * r * polynomial<VectorMath>(r, 0.5f, 0.16666542f, 0.0416662805f, 0.00836664438f, 0.00139465545f);
+    return fused(r * r, polynomial<VectorMath>(r, 0.5f, 0.16666542f, 0.0416662805f, 0.00836664438f, 0.00139465545f), r);
   }
   static constexpr float kLargestExponent = 88.7228394f;  // beyond it exp overflows
   static constexpr float kLeastExponent = -87.3365402f;   // below it exp is no normal number, here 0
@@ -157,14 +162,14 @@ struct VectorMath {
     Bits power;
     const Value part = reduced_expm1(at_most(at_least(x, -40.0f), 88.0f), power);
     const Value scale = Value(Bits(all(1.0f)) + power);
-    return select(x > 88.0f, exp(x), part * scale + (scale - 1.0f));
+    return select(x > 88.0f, exp(x), fused(part, scale, scale - 1.0f));
   }
   // The same for x <= 0, where nothing overflows.
   static LIC_FAST_INLINE Value expm1_negative(Value x) {
     Bits power;
     const Value part = reduced_expm1(at_least(x, -40.0f), power);
     const Value scale = Value(Bits(all(1.0f)) + power);
-    return part * scale + (scale - 1.0f);
+    return fused(part, scale, scale - 1.0f);
   }
 
   // log of a positive normal number: x = 2^n (1 + f), 1 + f in [sqrt(1/2), sqrt(2)).
@@ -176,7 +181,8 @@ struct VectorMath {
     const Value tail = polynomial<VectorMath>(f, 0.333338588f, -0.250017464f, 0.199653983f, -0.165656343f, 0.14876963f,
                                               -0.143502012f, 0.0891786367f);
     const Value power = Value(n + 0x4B400000) - 12582912.0f;  // to float, through 1.5 * 2^23
-    return ((square * f * tail + power * -2.12194440e-4f) - square * 0.5f + f) + power * 0.693359375f;
+    const Value small = fused(square, all(-0.5f), fused(power, all(-2.12194440e-4f), square * f * tail));
+    return fused(power, all(0.693359375f), small + f);
   }
   static LIC_FAST_INLINE Value log(Value x) {
     const Mask small = x < 1.17549435e-38f;
@@ -202,6 +208,7 @@ struct ScalarMath {
   using Mask = bool;
 
   static LIC_FAST_INLINE double all(double value) { return value; }
+  static LIC_FAST_INLINE double fused(double a, double b, double c) { return a * b + c; }
   static LIC_FAST_INLINE double select(bool mask, double a, double b) { return mask ? a : b; }
   static LIC_FAST_INLINE bool both(bool a, bool b) { return a && b; }
   static LIC_FAST_INLINE bool any(bool mask) { return mask; }

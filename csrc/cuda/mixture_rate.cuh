@@ -20,6 +20,7 @@ struct DeviceMath {
   using Value = T;
   using Mask = bool;
   static __device__ __forceinline__ T all(T x) { return x; }
+  static __device__ __forceinline__ T fused(T a, T b, T c) { return a * b + c; }
   static __device__ __forceinline__ T select(bool mask, T a, T b) { return mask ? a : b; }
   static __device__ __forceinline__ bool both(bool a, bool b) { return a & b; }
   static __device__ __forceinline__ bool any(bool mask) { return mask; }
