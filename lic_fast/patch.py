@@ -174,8 +174,10 @@ def accelerate(model: nn.Module, *, only: Iterable[str] | None = None, verbose: 
 
     state_dict, load_state_dict, deepcopy, pickle, to(), half(), update() and aux_loss() work as before. A model saved
     whole (torch.save(model)) needs lic_fast where it is loaded; restore() it before, or save its state_dict.
-    Likelihoods are CompressAI's; noise is drawn otherwise, unless a module's attribute `noise` is "torch". See the
-    classes in lic_fast.entropy for what else differs, and for their settings.
+    Likelihoods are CompressAI's; noise is drawn otherwise, unless a module's attribute `noise` is "torch". All kinds
+    but "gdn" code to the same bytes and decode to the same values, to the bit. GDN's sums round otherwise, in each
+    backend in its own way: leave it out by `only` where pixels must be exact. See the classes in lic_fast.entropy for
+    what else differs, and for their settings.
 
     Raises TypeError for what is not a module, ValueError for unknown names in only, ImportError without CompressAI.
     Source: our choice.
@@ -234,7 +236,8 @@ def _stock(kind: type) -> type | None:
 
 
 def _explain(report: Report, module: nn.Module, model: nn.Module, kind: Kind) -> None:
-    tensor = next(chain(module.parameters(), model.parameters(), module.buffers()), torch.empty(0))
+    tensors = chain(module.parameters(), model.parameters(), module.buffers())  # the tables among these are int32
+    tensor = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
     for op in kind.ops:
         if op in OPS:
             coder = op.startswith("ans_coder")

@@ -110,7 +110,7 @@ def decompress(model, coded):
 @every_model
 def test_streams_are_the_stock_models(name):
     theirs = made(name).eval()
-    ours, _ = accelerated(theirs)
+    ours, _ = accelerated(theirs, only=[kind for kind in patch.KINDS if kind != "gdn"])
     theirs.update()  # ours makes its own tables, but for a bottleneck of variable rate, which is CompressAI's
     if any(isinstance(module, stock.EntropyModelVbr) for module in ours.modules()):
         ours.update()
@@ -118,6 +118,8 @@ def test_streams_are_the_stock_models(name):
     a, b = compress(ours, x), compress(theirs, x)
     assert a["strings"] == b["strings"] and a["shape"] == b["shape"]
     assert torch.equal(decompress(ours, b), decompress(theirs, a))
+    lic_fast.accelerate(ours, only="gdn", verbose=False)  # whose sums round otherwise: the last bits of pixels differ
+    torch.testing.assert_close(decompress(ours, b), decompress(theirs, b), rtol=1e-4, atol=1e-5)
     assert not ours.update() and ours.update(force=True)
     keys = [key for key in theirs.state_dict() if "cdf" in key or "offset" in key or "scale_table" in key]
     assert keys and all(torch.equal(ours.state_dict()[key], theirs.state_dict()[key]) for key in keys)
@@ -202,6 +204,11 @@ def test_report(capsys):
     assert "EntropyBottleneck x 1: entropy_bottleneck" in printed
     chosen = lic_fast.explain("factorized_rate", "cpu", torch.bfloat16).chosen
     assert f"factorized_rate on cpu, torch.bfloat16: {chosen}" in printed
+    lic_fast.accelerate(stock.GaussianConditional(None))  # no parameters, and tables of integers
+    assert (
+        f"mixture_rate on cpu, torch.float32: {lic_fast.explain('mixture_rate', 'cpu').chosen}"
+        in capsys.readouterr().out
+    )
     nothing = lic_fast.accelerate(nn.Sequential(nn.Conv2d(3, 3, 1)))
     assert not nothing.swapped and not nothing.kept and "nothing to swap" in capsys.readouterr().out
     lic_fast.accelerate(made("mbt2018-mean"), verbose=False)

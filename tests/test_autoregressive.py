@@ -18,7 +18,7 @@ from compressai.latent_codecs import RasterScanLatentCodec
 from compressai.layers import MaskedConv2d
 from compressai.models import Cheng2020Anchor, Cheng2020Attention, JointAutoregressiveHierarchicalPriors
 
-from lic_fast.entropy import autoregressive
+from lic_fast.entropy import _coder, autoregressive
 from lic_fast.entropy.autoregressive import accelerated, why_not
 
 MODELS = {
@@ -137,6 +137,20 @@ def test_without_the_native_library(backend, monkeypatch):
         with lic_fast.use_backend(backend):
             assert model.compress(picture(1, 64, 64))["strings"] == stock["strings"]
             assert torch.equal(model.decompress(stock["strings"], stock["shape"])["x_hat"], expected)
+
+
+def test_tables_are_prepared_once(monkeypatch):
+    model, made = build("mbt2018"), []
+    lic_fast.accelerate(model, verbose=False)
+    init = _coder.Coder.__init__
+    monkeypatch.setattr(_coder.Coder, "__init__", lambda self, of: (made.append(of), init(self, of))[1])
+    with torch.no_grad():
+        for _ in range(2):
+            out = model.compress(picture(1, 64, 64))
+            model.decompress(out["strings"], out["shape"])
+        assert len(made) == 2 and {*made} == {model.gaussian_conditional, model.entropy_bottleneck}
+        model.gaussian_conditional.update()
+        assert model.compress(picture(1, 64, 64))["strings"] == out["strings"] and len(made) == 3
 
 
 def test_instances_pickle_copy_and_go_back():

@@ -60,6 +60,7 @@ def test_version_and_usage(run):
     assert run("--version").stdout.strip() == f"lic_fast {lic_fast.__version__}"
     assert run().returncode == 2 and "COMMAND" in run().stderr
     assert run("no-such-command").returncode == 2
+    assert "(default: True)" not in run("train", "--help").stdout  # of what an option with --no- switches off
 
 
 def test_train_evaluate_compress_decompress(run, tmp_path):

@@ -130,6 +130,8 @@ def test_layouts(device, backend):
                 for mine, e in zip(ours, expected, strict=True):
                     torch.testing.assert_close(mine, e, rtol=1e-5, atol=1e-5)
                     assert backend == "reference" or torch.equal(mine, e)  # the same tiles
+            y = gdn(x.to(memory_format=last).requires_grad_(), beta, gamma)
+            torch.testing.assert_close(y.add_(1.0), expected[0] + 1.0, rtol=1e-5, atol=1e-5)  # autograd takes no view
             every_other = torch.stack([x, -x], -1)[..., 0]
             beta2, gamma2 = torch.stack([beta, -beta], -1)[..., 0], gamma.mT.contiguous().mT
             ours = everything(gdn, every_other, beta2, gamma2, grad.sum().expand(shape) * 0 + grad)
@@ -346,6 +348,18 @@ def test_equals_compressai(name, inverse, dtype):
                 module.recompute = recompute
                 for mine, e in zip(of_module(module, x, grad), expected, strict=True):
                     torch.testing.assert_close(mine, e, **tolerance)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("name", ["GDN", "GDN1"])
+def test_scripted_modules_are_plain_pytorch(name, inverse):
+    theirs, ours = pair(name, inverse)
+    x, file = torch.randn(2, 6, 4, 4), io.BytesIO()
+    torch.jit.save(torch.jit.script(torch.nn.Sequential(ours, ours)), file)
+    file.seek(0)
+    expected = theirs(theirs(x))
+    for module in (torch.jit.load(file), torch.nn.Sequential(ours, ours)):
+        torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["GDN", "GDN1"])

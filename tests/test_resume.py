@@ -182,6 +182,7 @@ def test_rows_after_the_checkpoint_are_dropped_even_half_written(tmp_path: Path,
         ({"seed": 1}, "seed"),
         ({"sma": True}, "sma"),
         ({"optimizer": "adam-fused"}, "optimizer"),
+        ({"accelerate": False}, "no-accelerate"),
     ],
 )
 def test_another_run_is_not_resumed(finished: TrainConfig, changes: dict, field: str) -> None:

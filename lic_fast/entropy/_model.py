@@ -34,7 +34,8 @@ class FastEntropyModel(EntropyModel):
     Settings, attributes of the class that an instance may override:
 
     bound: "compressai" (likelihoods are at least the module's likelihood_bound, and gradients vanish there, beyond 6.5
-        sigma of a Gaussian) or "none" (likelihoods and gradients are right at any distance).
+        sigma of a Gaussian) or "none" (likelihoods and gradients are right at any distance). torch.compile takes the
+        values of likelihood_bound and scale_bound as constants.
     noise: "counter" (noise of the fused op, from one number drawn from PyTorch's generator) or "torch" (the numbers
         that CompressAI draws, in the same order, so that a training repeats one of CompressAI's).
 

@@ -27,7 +27,7 @@ from compressai.ops import LowerBound
 from torch import Tensor
 
 from ..functional import context_conv, context_conv_pack
-from ._coder import Coder, prefers_stock
+from ._coder import Coder, coder_of, prefers_stock
 
 _METHODS = ("build_indexes", "quantize", "dequantize")
 
@@ -193,7 +193,7 @@ class _JointAutoregressive(_Accelerated):
             return super()._compress_ar(y_hat, params, height, width, kernel_size, padding)
         weight = (self.context_prediction.weight * self.context_prediction.mask).detach()
         pixels = self._lic_fast_pixels(y_hat, params, weight, True)
-        return _compress(pixels, Coder(self.gaussian_conditional), y_hat, height, width, padding)
+        return _compress(pixels, coder_of(self.gaussian_conditional), y_hat, height, width, padding)
 
     def _decompress_ar(
         self, y_string: bytes, y_hat: Tensor, params: Tensor, height: int, width: int, kernel_size: int, padding: int
@@ -201,7 +201,7 @@ class _JointAutoregressive(_Accelerated):
         if not _takes(self.gaussian_conditional, y_hat, params):
             return super()._decompress_ar(y_string, y_hat, params, height, width, kernel_size, padding)
         pixels = self._lic_fast_pixels(y_hat, params, self.context_prediction.weight.detach(), False)
-        _decompress(pixels, Coder(self.gaussian_conditional), y_string, y_hat, height, width, padding)
+        _decompress(pixels, coder_of(self.gaussian_conditional), y_string, y_hat, height, width, padding)
         return None
 
 
@@ -219,7 +219,7 @@ class _RasterScan(_Accelerated):
         if not _takes(self.gaussian_conditional, y, ctx_params):
             return super().compress(y, ctx_params)
         height, width = y.shape[2:]
-        coder, pad, items = Coder(self.gaussian_conditional), self.padding, []
+        coder, pad, items = coder_of(self.gaussian_conditional), self.padding, []
         for i in range(len(y)):
             y_hat = F.pad(y[i : i + 1].detach(), (pad, pad, pad, pad))
             pixels = self._lic_fast_pixels(y_hat, ctx_params[i : i + 1])
@@ -234,7 +234,7 @@ class _RasterScan(_Accelerated):
             return super().decompress(strings, shape, ctx_params, **kwargs)
         (streams,) = strings
         (height, width), channels = shape, self.context_prediction.in_channels
-        coder, pad, items = Coder(self.gaussian_conditional), self.padding, []
+        coder, pad, items = coder_of(self.gaussian_conditional), self.padding, []
         for i, stream in enumerate(streams):
             y_hat = torch.zeros((1, channels, height + 2 * pad, width + 2 * pad))
             pixels = self._lic_fast_pixels(y_hat, ctx_params[i : i + 1])

@@ -8,6 +8,8 @@ the class. Their state_dict is CompressAI's. The bounds are computed from the at
 from __future__ import annotations
 
 import compressai.layers
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..functional import gdn
@@ -19,25 +21,35 @@ class GDN(compressai.layers.GDN):
     """compressai.layers.GDN in one fused pass forward and one backward.
 
     Takes [B, C, H, W] in every dtype that functional.gdn takes, and returns x's dtype. recompute (class or instance
-    attribute): keep nothing but x for the backward pass. Raises what functional.gdn raises.
+    attribute): keep nothing but x for the backward pass. torch.jit.script compiles plain PyTorch instead.
+    Raises what functional.gdn raises.
     Source: Ballé et al. (ICLR 2016), as in CompressAI.
     """
 
     recompute: bool = False
     simplified: bool = False
+    __constants__ = ("simplified",)  # of TorchScript
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H, W]."""
-        return gdn(
-            x,
-            self.beta,
-            self.gamma,
-            inverse=self.inverse,
-            simplified=self.simplified,
-            beta_min=self.beta_reparam.minimum,
-            reparam_offset=self.beta_reparam.reparam_offset,
-            recompute=self.recompute,
-        )
+        if not torch.jit.is_scripting():  # TorchScript leaves the block out, and what it cannot compile with it
+            return gdn(
+                x,
+                self.beta,
+                self.gamma,
+                inverse=self.inverse,
+                simplified=self.simplified,
+                beta_min=self.beta_reparam.minimum,
+                reparam_offset=self.beta_reparam.reparam_offset,
+                recompute=self.recompute,
+            )
+        return self._lic_fast_scripted(x)
+
+    def _lic_fast_scripted(self, x: Tensor) -> Tensor:
+        gamma = self.gamma_reparam(self.gamma)[:, :, None, None]
+        norm = F.conv2d(x.abs() if self.simplified else x**2, gamma, self.beta_reparam(self.beta))
+        norm = norm if self.simplified else norm.sqrt()
+        return x * norm if self.inverse else x / norm
 
 
 class GDN1(compressai.layers.GDN1):
@@ -49,4 +61,6 @@ class GDN1(compressai.layers.GDN1):
 
     recompute: bool = False
     simplified: bool = True
+    __constants__ = ("simplified",)
     forward = GDN.forward
+    _lic_fast_scripted = GDN._lic_fast_scripted

@@ -36,7 +36,7 @@ def gdn(
     Gradients flow to x, beta and gamma; below a bound only those pass that lead towards it. Besides x, backward needs
     one tensor of x's size and dtype; recompute=True: it keeps none and computes the norm again. The sums over
     positions have a fixed order: the same in every run, and on the CPU for any number of threads. There are neither
-    gradients of gradients nor forward-mode derivatives (RuntimeError).
+    gradients of gradients nor forward-mode derivatives, nor those of torch.func (RuntimeError).
 
     Raises ValueError for shapes, beta_min and reparam_offset, TypeError for dtypes and devices, BackendError for a
     forced backend.

@@ -53,7 +53,8 @@ def gaussian_rate(
     their gradient is that of the log-likelihood times the result, so that -log2(likelihood) has right gradients also
     where the value is floored. y_hat has y's dtype; the rate is that of the value before it is rounded to it.
 
-    There are neither gradients of gradients nor forward-mode derivatives (RuntimeError). NaN gives NaN.
+    There are neither gradients of gradients nor forward-mode derivatives, nor those of torch.func (RuntimeError). NaN
+    gives NaN.
     Raises ValueError for shapes and settings, TypeError for dtypes and devices, BackendError for a forced backend.
     Source: Balle et al., ICLR 2018 (arXiv 1802.01436), the model; CompressAI's GaussianConditional, the bounds.
     """

@@ -24,16 +24,9 @@ def _walked(tensor: Tensor, last: bool) -> Tensor:
     return (tensor.movedim(1, -1) if last else tensor).contiguous()
 
 
-def _seen(walked: Tensor, last: bool) -> Tensor:
-    """A tensor in the order that is walked, as [B, C, *]."""
-    return walked.movedim(-1, 1) if last else walked
-
-
 def _like(x: Tensor) -> Tensor:
-    """Room for a result: of x's shape, in x's memory format."""
-    last = channels_last(x)
-    walked = x.movedim(1, -1) if last else x
-    return _seen(torch.empty_like(walked, memory_format=torch.contiguous_format), last)
+    """Room for a result: of x's shape, in x's memory format; no view, which autograd would not let change in place."""
+    return torch.empty_like(x, memory_format=torch.preserve_format if channels_last(x) else torch.contiguous_format)
 
 
 def _flat_forward(kernel: Callable[..., None]) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -42,11 +35,10 @@ def _flat_forward(kernel: Callable[..., None]) -> Callable[..., tuple[Tensor, Te
     def run(x: Tensor, beta: Tensor, gamma: Tensor, *form: Any) -> tuple[Tensor, Tensor]:
         *form, keep = form
         last = channels_last(x)
-        walked = _walked(x, last)
-        y = torch.empty_like(walked)
-        factor = torch.empty_like(walked) if keep else x.new_empty(0)
-        kernel(walked, beta.contiguous(), gamma.contiguous(), *form, last, y, factor)
-        return _seen(y, last), _seen(factor, last) if keep else factor
+        y, factor = _like(x), _like(x) if keep else x.new_empty(0)
+        parameters = beta.contiguous(), gamma.contiguous()
+        kernel(_walked(x, last), *parameters, *form, last, _walked(y, last), _walked(factor, last and keep))
+        return y, factor
 
     return run
 

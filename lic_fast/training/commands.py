@@ -41,7 +41,7 @@ def add_train_parser(subparsers: Any) -> None:
 
     def option(flag: str, text: str, **kwargs: Any) -> None:
         default = _DEFAULTS[kwargs.get("dest", flag[2:].replace("-", "_"))]
-        shown = not (default is None or default is False or default is dataclasses.MISSING)
+        shown = not (default is None or isinstance(default, bool) or default is dataclasses.MISSING)
         parser.add_argument(flag, help=f"{text} (default: {default})" if shown else text, **kwargs)
 
     option("--model", "a CompressAI image model, for example mbt2018-mean; an unknown name lists them all")

@@ -109,9 +109,10 @@ def resumed_config(output: str, given: dict[str, Any]) -> TrainConfig:
 def _check_same_run(saved: TrainConfig, asked: TrainConfig) -> None:
     name = first_difference(saved, asked)
     if name is not None:
+        option = "no-accelerate" if name == "accelerate" else name.replace("_", "-")
         raise TrainingError(
             f"train: cannot resume with another {name}: the run has {getattr(saved, name)!r}, "
-            f"got {getattr(asked, name)!r}; leave --{name.replace('_', '-')} out, or start a new --output"
+            f"got {getattr(asked, name)!r}; leave --{option} out, or start a new --output"
         )
 
 
