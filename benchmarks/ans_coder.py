@@ -11,7 +11,7 @@ from ..coding import Tables, decode, encode
 from ._contenders import backends, forced
 from ._harness import OURS, Case, Expected, Group, Settings
 
-SYMBOLS, QUICK_SYMBOLS = 1 << 20, 1 << 13
+SYMBOLS, QUICK_SYMBOLS = 1 << 20, 1 << 11
 _SEED = 19
 _SCALES = (("scales 0.11 to 4", 4.0), ("scales 0.11 to 64", 64.0))
 

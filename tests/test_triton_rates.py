@@ -101,9 +101,9 @@ def test_one_density(device, family, quantize):
 
 
 @pytest.mark.parametrize("logits", [False, True])
-@pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 16])
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5])
 def test_mixtures(device, k, logits):
-    for i, dtype in enumerate((torch.float32, torch.float64)[: 1 if k == 16 else 2]):
+    for i, dtype in enumerate((torch.float32, torch.float64)):
         names = [FAMILIES[(j + k + i) % 3 if k != 3 else 0] for j in range(k)]
         shape = [(2, 2, 3, 4), (2, 3, 5), (3, 2)][(k + i + logits) % 3]
         tensors = latent(dtype, device, shape, k, widest=1.5)
