@@ -14,10 +14,11 @@ namespace lic_fast {
 
 enum Family : int32_t { kGaussian = 0, kLogistic = 1, kLaplace = 2 };
 constexpr int64_t kMostComponents = 16;
-#ifdef __CUDACC__
-#define LIC_FAST_UNROLL_FEW(most) _Pragma("unroll 4")
+constexpr int64_t kFewComponents = 4;
+#ifdef __CUDACC__  // loops over kMost components without a loop, where they are few: their arrays are registers then
+#define LIC_FAST_UNROLL_FEW _Pragma("unroll (kMost <= kFewComponents ? kMost : 1)")
 #else
-#define LIC_FAST_UNROLL_FEW(most)
+#define LIC_FAST_UNROLL_FEW
 #endif
 
 template <class M>
@@ -189,23 +190,23 @@ struct Mixed {
   typename M::Value likelihood[kMost];  // of a component, over exp(top); times the weight where that is a logit's
 };
 
-// Weights are probabilities (a negative one gives NaN) or logits. `component` gives the k-th component's weight, and
-// the exponent and factor of its density. top is the largest exponent of a component that weighs anything, so that the sum cannot overflow,
-// and underflows only where nothing is left.
+// Weights are probabilities (a negative one gives NaN) or logits. `component(k, weight, exponent, factor)` gives those
+// of the k-th component and its density. top is the largest exponent of a component that weighs anything, so that the
+// sum cannot overflow, and underflows only where nothing is left.
 template <class M, int64_t kMost, class Component>
 LIC_FAST_ANYWHERE void mix(int64_t components, bool logits, const Component& component, Mixed<M, kMost>& mixed) {
   using V = typename M::Value;
   using T = typename M::Scalar;
   const V lowest = M::all(T(-3.4e38));  // below what is worth a thought, and finite
   V most = lowest, top = lowest, exponent[kMost];
-  LIC_FAST_UNROLL_FEW(kMost)
+  LIC_FAST_UNROLL_FEW
   for (int64_t k = 0; k < kMost; ++k) {
     if (k >= components) break;
     component(k, mixed.weight[k], exponent[k], mixed.likelihood[k]);
     if (!logits) mixed.weight[k] = M::select(mixed.weight[k] >= T(0), mixed.weight[k], M::all(static_cast<T>(NAN)));
     most = M::greater(mixed.weight[k], most);
   }
-  LIC_FAST_UNROLL_FEW(kMost)
+  LIC_FAST_UNROLL_FEW
   for (int64_t k = 0; k < kMost; ++k) {
     if (k >= components) break;
     if (logits) {
@@ -216,7 +217,7 @@ LIC_FAST_ANYWHERE void mix(int64_t components, bool logits, const Component& com
     top = M::select(M::both(mixed.weight[k] > T(0), exponent[k] > top), exponent[k], top);
   }
   mixed.sum = mixed.weight_sum = V{};
-  LIC_FAST_UNROLL_FEW(kMost)
+  LIC_FAST_UNROLL_FEW
   for (int64_t k = 0; k < kMost; ++k) {
     if (k >= components) break;
     mixed.likelihood[k] = mixed.likelihood[k] * M::exp(exponent[k] - top);

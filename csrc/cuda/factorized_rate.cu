@@ -7,7 +7,7 @@
 // and runs the network for one after the other: the network and its trail stay in registers.
 //
 // The gradients of the 58 parameters are summed by thread in registers, over at most kItem / kThreads elements, then
-// over a warp by halves (63 shuffles, not 5 for each sum), and over warps and items in fp64, always in the same order.
+// over a warp by halves (62 shuffles, not 5 for each sum), and over warps and items in fp64, always in the same order.
 // A channel of one item is finished by its block; else a second launch adds the items.
 // Takes y fp32, bf16 or fp16 with weights and medians fp32, or all fp64.
 #include "cuda/factorized_rate.cuh"
@@ -66,7 +66,8 @@ __device__ __forceinline__ void finish(const Job<Y, T>& job, int64_t c, int32_t 
 }
 
 template <class Y, class T>
-__global__ void __launch_bounds__(kThreads) factorized_rate_bwd_kernel(const __grid_constant__ Job<Y, T> job) {
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
+    factorized_rate_bwd_kernel(const __grid_constant__ Job<Y, T> job) {
   __shared__ T w[density::kParameters];
   __shared__ T by_warp[kWarps][kRow];
   const Item item = item_of(job);
@@ -149,6 +150,7 @@ struct Arguments {
 template <class Y, class T>
 Job<Y, T> make_job(const Arguments& a) {
   Job<Y, T> job{.rule = RateRule<T>(a.likelihood_bound, static_cast<int32_t>(a.output))};
+  STD_TORCH_CHECK(a.y.dim() >= 2 && a.y.numel() > 0, "factorized_rate: y must be [B, C, *] and not empty");
   job.y = static_cast<const Y*>(a.y.const_data_ptr());
   job.weights = static_cast<const T*>(a.weights.const_data_ptr());
   job.medians = data_or_null<T>(a.medians);

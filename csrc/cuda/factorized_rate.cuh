@@ -12,6 +12,9 @@ namespace density = factorized;
 
 constexpr int32_t kThreads = 128;
 constexpr int32_t kWarps = kThreads / 32;
+// Of the backward kernel on a multiprocessor: two leave a thread the 252 registers of its sums and its trail. Three
+// would have it write and read 1,100 bytes of them an element, through the unit that also reads the parameters.
+constexpr int32_t kBlocksAtOnce = 2;
 constexpr int64_t kItem = 1024;
 constexpr int32_t kRow = 64;  // sums of a channel, in room for a warp to halve: the parameters, the median, padding
 constexpr int32_t kMedian = density::kParameters;

@@ -4,9 +4,9 @@
 // A thread owns four neighbours: one block of Philox, accesses of 16 bytes where addresses and sample sizes allow.
 // Forward, one component, fp32, noise: reads y, scales and means, writes y_hat and the rate, 20 bytes an element;
 // backward reads those three and two upstream gradients and writes three, 32 bytes. The noise is made again, nothing is
-// kept. Up to kFew components live in registers, more in local memory. Sums per channel: the lanes of a row (a warp, or
-// a block for long rows) each add in fp64 what they own, then a fixed tree: no atomics, the same sum at every launch.
-// Formulas: common/likelihood.h; expf, expm1f and logf in full precision. y_hat is unfused.
+// kept. Two to four components live in registers, more in local memory. Sums per channel: the lanes of a row (a warp,
+// or a block for long rows) each add in fp64 what they own, then a fixed tree: no atomics, the same sum at every
+// launch. Formulas: common/likelihood.h; expf, expm1f and logf in full precision. y_hat is unfused.
 #include <algorithm>
 
 #include "cuda/mixture_rate.cuh"
@@ -20,16 +20,32 @@ struct Launch {
   cudaStream_t stream;
 };
 
-// kernel<T, kForm> for the tensors' dtype, and the family or the number of components.
+// run<T, kMost, kFamily> for the tensors' dtype, and for what is mixed. Few components, all Gaussian or not, have
+// kernels of their own, but in fp64.
 template <class T, class Run>
 void by_form(const Job& job, const Run& run) {
-  if (job.weights.data && job.components <= kFew) return run.template operator()<T, -static_cast<int32_t>(kFew)>();
-  if (job.weights.data) return run.template operator()<T, -static_cast<int32_t>(kMostComponents)>();
-  switch (job.families[0]) {
-    case kGaussian: return run.template operator()<T, kGaussian>();
-    case kLogistic: return run.template operator()<T, kLogistic>();
-    default: return run.template operator()<T, kLaplace>();
+  constexpr int32_t kMany = kMostComponents;
+  if (!job.weights.data) {
+    switch (job.families[0]) {
+      case kGaussian: return run.template operator()<T, kAlone, kGaussian>();
+      case kLogistic: return run.template operator()<T, kAlone, kLogistic>();
+      default: return run.template operator()<T, kAlone, kLaplace>();
+    }
   }
+  if constexpr (!std::is_same_v<T, double>) {
+    const int32_t* end = job.families + job.components;
+    const bool gaussian = std::all_of(job.families, end, [](int32_t family) { return family == kGaussian; });
+    switch (gaussian ? job.components : -job.components) {
+      case 2: return run.template operator()<T, 2, kGaussian>();
+      case 3: return run.template operator()<T, 3, kGaussian>();
+      case 4: return run.template operator()<T, 4, kGaussian>();
+      case -2: return run.template operator()<T, 2, kAnyFamily>();
+      case -3: return run.template operator()<T, 3, kAnyFamily>();
+      case -4: return run.template operator()<T, 4, kAnyFamily>();
+      default: break;
+    }
+  }
+  run.template operator()<T, kMany, kAnyFamily>();
 }
 
 template <class Run>
@@ -80,7 +96,9 @@ Launch make_launch(const Tensor& y, const Tensor& scales, const std::optional<Te
   launch.stream = current_stream(y);
   job.batch = y.size(0);
   job.sample = y.numel() / job.batch;
-  job.inner = job.sample / y.size(1);
+  job.channels = y.size(1);
+  job.inner = job.sample / job.channels;
+  job.inverse_inner = UINT64_MAX / static_cast<uint64_t>(job.inner);
   aligned.all = job.sample % 4 == 0;
   const auto input = [&](const Tensor& tensor, int64_t components) {
     STD_TORCH_CHECK(tensor.numel() == components * y.numel() && tensor.scalar_type() == y.scalar_type(),
@@ -104,6 +122,31 @@ Launch make_launch(const Tensor& y, const Tensor& scales, const std::optional<Te
   return launch;
 }
 
+// Sums over the rows: at once, or by parts and then over these.
+void rows_out(const Launch& launch, const Tensor& y, double likelihood_bound) {
+  const Job& job = launch.job;
+  const int64_t parts = (job.inner + kPart - 1) / kPart, rows = job.batch * job.channels;
+  const int64_t lanes = job.inner >= kLongRow ? kThreads : 32, per_block = kThreads / lanes;
+  const int64_t blocks = (job.channels * parts + per_block - 1) / per_block;
+  STD_TORCH_CHECK(job.channels * parts < int64_t{1} << 31, "mixture_rate: a sample of too many elements");
+  const dim3 grid(static_cast<uint32_t>(blocks), static_cast<uint32_t>(std::min(job.batch, kMostBlocks)));
+  std::optional<Tensor> room;
+  if (parts > 1) room = torch::stable::new_empty(y, {rows * parts}, ScalarType::Double);
+  double* sums = room ? static_cast<double*>(room->mutable_data_ptr()) : nullptr;
+  by_type(launch, [&]<class T, int32_t kMost, int32_t kFamily>() {
+    using S = Arithmetic<T>;
+    const RateRule<S> rule(likelihood_bound, job.output);
+    mixture_rate_rows_kernel<T, kMost, kFamily><<<grid, kThreads, 0, launch.stream>>>(
+        job, rule, static_cast<uint32_t>(lanes), static_cast<uint32_t>(parts), sums);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    if (parts == 1) return;
+    const int64_t sum_blocks = (rows + kThreads - 1) / kThreads;
+    mixture_rate_parts_kernel<S><<<static_cast<uint32_t>(sum_blocks), kThreads, 0, launch.stream>>>(
+        sums, rows, parts, static_cast<S*>(job.rate));
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+}
+
 void mixture_rate_out(Tensor y, Tensor scales, std::optional<Tensor> means, std::optional<Tensor> weights,
                       std::optional<Tensor> seed, std::vector<int64_t> families, int64_t quantize, double scale_bound,
                       double likelihood_bound, bool logits, int64_t output, Tensor y_hat, Tensor rate) {
@@ -117,18 +160,10 @@ void mixture_rate_out(Tensor y, Tensor scales, std::optional<Tensor> means, std:
   if (rows) aligned.all = aligned.all && job.inner % 4 == 0;
   job.rate = rows ? rate.mutable_data_ptr() : aligned.written(rate);
   job.vector = aligned.all;
-  by_type(launch, [&]<class T, int32_t kForm>() {
+  if (rows) return rows_out(launch, y, likelihood_bound);
+  by_type(launch, [&]<class T, int32_t kMost, int32_t kFamily>() {
     const RateRule<Arithmetic<T>> rule(likelihood_bound, job.output);
-    if (rows) {
-      const int32_t lanes = job.inner >= kLongRow ? kThreads : 32;
-      const int64_t all = job.batch * (job.sample / job.inner), per_block = kThreads / lanes;
-      const int64_t blocks = (all + per_block - 1) / per_block;
-      STD_TORCH_CHECK(blocks < int64_t{1} << 31, "mixture_rate: too many channels");
-      mixture_rate_rows_kernel<T, kForm>
-          <<<static_cast<uint32_t>(blocks), kThreads, 0, launch.stream>>>(job, rule, lanes);
-    } else {
-      mixture_rate_kernel<T, kForm><<<grid_of(job), kThreads, 0, launch.stream>>>(job, rule);
-    }
+    mixture_rate_kernel<T, kMost, kFamily><<<grid_of(job), kThreads, 0, launch.stream>>>(job, rule);
   });
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
@@ -156,9 +191,9 @@ void mixture_rate_bwd_out(std::optional<Tensor> grad_y_hat, std::optional<Tensor
   job.grad_means = aligned.written(grad_means);
   job.grad_weights = aligned.written(grad_weights);
   job.vector = aligned.all;
-  by_type(launch, [&]<class T, int32_t kForm>() {
+  by_type(launch, [&]<class T, int32_t kMost, int32_t kFamily>() {
     const RateRule<Arithmetic<T>> rule(likelihood_bound, job.output);
-    mixture_rate_bwd_kernel<T, kForm><<<grid_of(job), kThreads, 0, launch.stream>>>(job, rule);
+    mixture_rate_bwd_kernel<T, kMost, kFamily><<<grid_of(job), kThreads, 0, launch.stream>>>(job, rule);
   });
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }

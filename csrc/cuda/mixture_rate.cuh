@@ -10,9 +10,16 @@ namespace lic_fast {
 namespace {
 
 constexpr int32_t kThreads = 256;
-constexpr int64_t kFew = 4;
+constexpr int32_t kAlone = 0;       // what kMost says of a density without weights
+constexpr int32_t kAnyFamily = -1;  // what kFamily says of families known at the launch
 constexpr int64_t kLongRow = 2048;  // from here on a block adds a row, below a warp
+constexpr int64_t kPart = 1 << 14;  // longer rows are added in parts, a block each
 constexpr int64_t kMostBlocks = 65535;
+
+// Blocks that a multiprocessor must hold; 0: as the compiler likes. For two components it likes to spill a few
+// registers that three blocks leave it.
+template <int32_t kMost>
+constexpr int32_t kBlocksAtOnce = kMost == 2 ? 3 : 0;
 
 template <class T>
 struct DeviceMath {
@@ -55,7 +62,8 @@ struct Upstream {
 
 struct Job {
   Input y, scales, means, weights;
-  int64_t batch, sample, inner, components;
+  int64_t batch, sample, channels, inner, components;
+  uint64_t inverse_inner;  // 2^64 / inner, rounded down
   const int64_t* seed;
   int32_t families[kMostComponents];
   int32_t quantize, output;
@@ -107,46 +115,101 @@ __device__ __forceinline__ Parameters<T> parameters4(const Job& job, int64_t k, 
           input4<T>(job.weights, b, shift + i, shift + end, job.vector)};
 }
 
-// One element of a mixture; kMost components at most.
-template <class T, bool kGradients, int64_t kMost, class S>
-__device__ __forceinline__ void mix_one(const Job& job, const Parameters<T> (&loaded)[kMost], int32_t e, S y_hat,
-                                        Mixed<DeviceMath<S>, kMost>& mixed) {
-  using M = DeviceMath<S>;
-  const auto component = [&](int64_t k, S& weight, S& d, S& s) {
-    weight = convert<S>(loaded[k].weight.at[e]);
-    d = add(y_hat, -convert<S>(loaded[k].mean.at[e]));
-    s = bounded_scale<M>(convert<S>(loaded[k].scale.at[e]), static_cast<S>(job.scale_bound));
-  };
-  mix<M, kGradients>(job.components, job.families, job.logits, component, mixed);
-}
+// A mixture, and the derivatives of its components' log-likelihoods.
+template <class S, int64_t kMost>
+struct MixedGradients : Mixed<DeviceMath<S>, kMost> {
+  S by_d[kMost], by_s[kMost];
+};
 
-// The rates of elements [i, i + 4) of sample b; y_hat is stored. kForm: a family, or less -1 the most components.
-template <class T, int32_t kForm, class S>
+// How a mixture of kMost components (as many, if they are few, else at most) goes through its four elements: at once,
+// or where the code would be long or registers short, one after the other. Registers have no index, so that there the
+// element is always the first, and the four turn.
+template <int64_t kMost, int32_t kFamily>
+struct Walk {
+  static constexpr bool kExact = kMost <= kFewComponents;
+  static constexpr bool kTurns = kExact && (kFamily == kAnyFamily || kMost > 3);
+  static constexpr int32_t kAtOnce = kExact && !kTurns ? 4 : 1;
+
+  static __device__ __forceinline__ int64_t components(const Job& job) { return kExact ? kMost : job.components; }
+  static __device__ __forceinline__ int32_t place(int32_t e) { return kTurns ? 0 : e; }
+
+  template <class V>
+  static __device__ __forceinline__ void turn(V (&four)[4]) {
+    if constexpr (kTurns) {
+      const V first = four[0];
+      four[0] = four[1], four[1] = four[2], four[2] = four[3], four[3] = first;
+    }
+  }
+
+  template <class T>
+  static __device__ __forceinline__ void load(const Job& job, int64_t b, int64_t i, int64_t end,
+                                              Parameters<T> (&loaded)[kMost]) {
+    LIC_FAST_UNROLL_FEW
+    for (int64_t k = 0; k < kMost; ++k) {
+      if (k >= components(job)) break;
+      loaded[k] = parameters4<T>(job, k, b, i, end);
+    }
+  }
+
+  template <class T>
+  static __device__ __forceinline__ void turn(Parameters<T> (&loaded)[kMost]) {
+    LIC_FAST_UNROLL_FEW
+    for (int64_t k = 0; kTurns && k < kMost; ++k) {
+      turn(loaded[k].scale.at);
+      turn(loaded[k].mean.at);
+      turn(loaded[k].weight.at);
+    }
+  }
+
+  template <bool kGradients, class T, class S>
+  static __device__ __forceinline__ void mix_one(const Job& job, const Parameters<T> (&loaded)[kMost], int32_t at,
+                                                 S y_hat, MixedGradients<S, kMost>& mixed) {
+    using M = DeviceMath<S>;
+    const auto component = [&](int64_t k, S& weight, S& exponent, S& factor) {
+      weight = convert<S>(loaded[k].weight.at[at]);
+      const S d = add(y_hat, -convert<S>(loaded[k].mean.at[at]));
+      const S s = bounded_scale<M>(convert<S>(loaded[k].scale.at[at]), static_cast<S>(job.scale_bound));
+      const int32_t family = kFamily == kAnyFamily ? job.families[k] : kFamily;
+      const Density<M> part = density<M, kGradients>(family, M::abs(d), s);
+      exponent = part.exponent;
+      factor = part.factor;
+      if constexpr (kGradients) {
+        mixed.by_d[k] = d < S(0) ? -part.by_d : part.by_d;
+        mixed.by_s[k] = part.by_s;
+      }
+    };
+    mix<M>(components(job), job.logits, component, mixed);
+  }
+};
+
+// The rates of elements [i, i + 4) of sample b; y_hat is stored.
+template <class T, int32_t kMost, int32_t kFamily, class S>
 __device__ __forceinline__ void forward4(const Job& job, const RateRule<S>& rule, int64_t b, int64_t i, int64_t end,
                                          S (&rate)[4]) {
   using M = DeviceMath<S>;
   S y_hat[4], mean[4], log_p[4];
   quantize4<T>(job, b, i, end, y_hat, mean);
-  if constexpr (kForm >= 0) {
+  if constexpr (kMost == kAlone) {
     const Four<T> scale = input4<T>(job.scales, b, i, end, job.vector);
 #pragma unroll
     for (int32_t e = 0; e < 4; ++e) {
       const S s = bounded_scale<M>(convert<S>(scale.at[e]), static_cast<S>(job.scale_bound));
-      const Density<M> part = density<M, false>(kForm, M::abs(add(y_hat[e], -mean[e])), s);
+      const Density<M> part = density<M, false>(kFamily, M::abs(add(y_hat[e], -mean[e])), s);
       log_p[e] = part.exponent + M::log(part.factor);
     }
   } else {
-    constexpr int64_t kMost = -kForm;
+    using Walk = Walk<kMost, kFamily>;
     Parameters<T> loaded[kMost];
-    LIC_FAST_UNROLL_FEW(kMost)
-    for (int64_t k = 0; k < kMost; ++k) {
-      if (k < job.components) loaded[k] = parameters4<T>(job, k, b, i, end);
-    }
-#pragma unroll
+    Walk::load(job, b, i, end, loaded);
+#pragma unroll(Walk::kAtOnce)
     for (int32_t e = 0; e < 4; ++e) {
-      Mixed<M, kMost> mixed;
-      mix_one<T, false, kMost>(job, loaded, e, y_hat[e], mixed);
-      log_p[e] = mixed.log_p;
+      const int32_t at = Walk::place(e);
+      MixedGradients<S, kMost> mixed;
+      Walk::template mix_one<false>(job, loaded, at, y_hat[at], mixed);
+      log_p[at] = mixed.log_p;
+      Walk::turn(log_p);
+      Walk::turn(y_hat);
+      Walk::turn(loaded);
     }
   }
 #pragma unroll
@@ -158,15 +221,15 @@ __device__ __forceinline__ void forward4(const Job& job, const RateRule<S>& rule
   store4(static_cast<T*>(job.y_hat) + b * job.sample, i, end, job.vector, rounded);
 }
 
-template <class T, int32_t kForm>
-__global__ void __launch_bounds__(kThreads)
+template <class T, int32_t kMost, int32_t kFamily>
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kMost>)
     mixture_rate_kernel(const __grid_constant__ Job job, const RateRule<Arithmetic<T>> rule) {
   using S = Arithmetic<T>;
   const int64_t i = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * 4;
   if (i >= job.sample) return;
   for (int64_t b = blockIdx.y; b < job.batch; b += gridDim.y) {
     S rate[4];
-    forward4<T, kForm>(job, rule, b, i, job.sample, rate);
+    forward4<T, kMost, kFamily>(job, rule, b, i, job.sample, rate);
     Four<S> out;
 #pragma unroll
     for (int32_t e = 0; e < 4; ++e) out.at[e] = rate[e];
@@ -174,32 +237,59 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// A row (b, c) by `lanes` threads, 32 or kThreads.
-template <class T, int32_t kForm>
-__global__ void __launch_bounds__(kThreads)
-    mixture_rate_rows_kernel(const __grid_constant__ Job job, const RateRule<Arithmetic<T>> rule, int32_t lanes) {
+// A row (b, c), or each of its parts, by `lanes` threads, 32 or kThreads. sums: [B, C, parts], read where parts > 1.
+template <class T, int32_t kMost, int32_t kFamily>
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kMost>)
+    mixture_rate_rows_kernel(const __grid_constant__ Job job, const RateRule<Arithmetic<T>> rule, uint32_t lanes,
+                             uint32_t parts, double* sums) {
   using S = Arithmetic<T>;
   __shared__ double partial[kThreads / 32];
-  const int64_t channels = job.sample / job.inner, rows = job.batch * channels;
-  const int64_t row = int64_t{blockIdx.x} * (kThreads / lanes) + threadIdx.x / lanes;
-  double sum = 0;
-  if (row < rows) {
-    const int64_t b = row / channels, begin = (row - b * channels) * job.inner, end = begin + job.inner;
-    for (int64_t i = begin + threadIdx.x % lanes * 4; i < end; i += int64_t{lanes} * 4) {
-      S rate[4];
-      forward4<T, kForm>(job, rule, b, i, end, rate);
+  const uint32_t unit = blockIdx.x * (kThreads / lanes) + threadIdx.x / lanes, lane = threadIdx.x % lanes;
+  const uint32_t part = parts > 1 ? unit % parts : 0;
+  const int64_t c = parts > 1 ? unit / parts : unit, begin = c * job.inner + part * kPart;
+  const int64_t end = min(begin + kPart, (c + 1) * job.inner);
+  for (int64_t b = blockIdx.y; b < job.batch; b += gridDim.y) {  // no thread leaves: all add
+    double sum = 0;
+    if (c < job.channels) {
+      for (int64_t i = begin + lane * 4; i < end; i += lanes * 4) {
+        S rate[4];
+        forward4<T, kMost, kFamily>(job, rule, b, i, end, rate);
 #pragma unroll
-      for (int32_t e = 0; e < 4; ++e) sum += i + e < end ? static_cast<double>(rate[e]) : 0.0;
+        for (int32_t e = 0; e < 4; ++e) sum += i + e < end ? static_cast<double>(rate[e]) : 0.0;
+      }
+    }
+    for (int32_t step = 16; step > 0; step >>= 1) sum += __shfl_down_sync(0xFFFFFFFFu, sum, step);
+    if (lanes > 32) {
+      if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = sum;
+      __syncthreads();
+      sum = 0;
+      for (int32_t w = 0; w < kThreads / 32; ++w) sum += partial[w];
+      __syncthreads();  // before the next sample's
+    }
+    if (c >= job.channels || lane != 0) continue;
+    const int64_t row = b * job.channels + c;
+    if (parts > 1) {
+      sums[row * parts + part] = sum;
+    } else {
+      static_cast<S*>(job.rate)[row] = static_cast<S>(sum);
     }
   }
-  for (int32_t step = 16; step > 0; step >>= 1) sum += __shfl_down_sync(0xFFFFFFFFu, sum, step);
-  if (lanes > 32) {
-    if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = sum;
-    __syncthreads();
-    sum = 0;
-    for (int32_t w = 0; w < kThreads / 32; ++w) sum += partial[w];
-  }
-  if (row < rows && threadIdx.x % lanes == 0) static_cast<S*>(job.rate)[row] = static_cast<S>(sum);
+}
+
+template <class S>
+__global__ void __launch_bounds__(kThreads)
+    mixture_rate_parts_kernel(const double* sums, int64_t rows, int64_t parts, S* rate) {
+  const int64_t row = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (row >= rows) return;
+  double sum = 0;
+  for (int64_t part = 0; part < parts; ++part) sum += sums[row * parts + part];
+  rate[row] = static_cast<S>(sum);
+}
+
+// i / inner for 0 <= i < 2^63: a quotient at most one too small, set right. A division of 64 bits is a call.
+__device__ __forceinline__ int64_t row_of(const Job& job, int64_t i) {
+  const int64_t row = static_cast<int64_t>(__umul64hi(static_cast<uint64_t>(i), job.inverse_inner));
+  return i - row * job.inner >= job.inner ? row + 1 : row;
 }
 
 template <class T, class S>
@@ -218,23 +308,23 @@ __device__ __forceinline__ void put4(void* room, int64_t offset, int64_t i, int6
   if (room) store4(static_cast<T*>(room) + offset, i, end, vector, value);
 }
 
-template <class T, int32_t kForm, class S>
-__device__ __forceinline__ void backward4(const Job& job, const RateRule<S>& rule, int64_t b, int64_t i,
-                                          const S (&grad)[4], const S (&through)[4]) {
+template <class T, int32_t kMost, int32_t kFamily, class S>
+__device__ __forceinline__ void backward4(const Job& job, const RateRule<S>& rule, int64_t b, int64_t i, S (&grad)[4],
+                                          S (&through)[4]) {
   using M = DeviceMath<S>;
   const S bound = static_cast<S>(job.scale_bound);
   const bool follows = job.quantize == kDequantize;
   S y_hat[4], mean[4];
   quantize4<T>(job, b, i, job.sample, y_hat, mean);
   Four<T> grad_y;
-  if constexpr (kForm >= 0) {
+  if constexpr (kMost == kAlone) {
     const bool needs_p = job.output == kLikelihood || job.likelihood_bound > 0;
     const Four<T> scale = input4<T>(job.scales, b, i, job.sample, job.vector);
     Four<T> grad_s, grad_m;
 #pragma unroll
     for (int32_t e = 0; e < 4; ++e) {
       const S raw = convert<S>(scale.at[e]), d = add(y_hat[e], -mean[e]);
-      const Density<M> part = density<M, true>(kForm, M::abs(d), bounded_scale<M>(raw, bound));
+      const Density<M> part = density<M, true>(kFamily, M::abs(d), bounded_scale<M>(raw, bound));
       const S g = rule.template upstream<M>(grad[e], needs_p ? part.exponent + M::log(part.factor) : S(0));
       const S grad_d = g * (d < 0 ? -part.by_d : part.by_d);
       grad_s.at[e] = convert<T>(through_bound<M>(g * part.by_s, raw, bound));
@@ -244,34 +334,37 @@ __device__ __forceinline__ void backward4(const Job& job, const RateRule<S>& rul
     put4(job.grad_scales, b * job.sample, i, job.sample, job.vector, grad_s);
     put4(job.grad_means, b * job.sample, i, job.sample, job.vector, grad_m);
   } else {
-    constexpr int64_t kMost = -kForm;
+    using Walk = Walk<kMost, kFamily>;
     Parameters<T> loaded[kMost];  // and, element by element, their gradients
-    LIC_FAST_UNROLL_FEW(kMost)
-    for (int64_t k = 0; k < kMost; ++k) {
-      if (k < job.components) loaded[k] = parameters4<T>(job, k, b, i, job.sample);
-    }
-#pragma unroll
+    Walk::load(job, b, i, job.sample, loaded);
+#pragma unroll(Walk::kAtOnce)
     for (int32_t e = 0; e < 4; ++e) {
-      Mixed<M, kMost> mixed;
-      mix_one<T, true, kMost>(job, loaded, e, y_hat[e], mixed);
-      const S g = rule.template upstream<M>(grad[e], mixed.log_p);
-      S sum = through[e];
-      LIC_FAST_UNROLL_FEW(kMost)
+      const int32_t at = Walk::place(e);
+      MixedGradients<S, kMost> mixed;
+      Walk::template mix_one<true>(job, loaded, at, y_hat[at], mixed);
+      const S g = rule.template upstream<M>(grad[at], mixed.log_p), scaled = g / mixed.sum;
+      S sum = through[at];
+      LIC_FAST_UNROLL_FEW
       for (int64_t k = 0; k < kMost; ++k) {
-        if (k >= job.components) break;
+        if (k >= Walk::components(job)) break;
         S own, grad_weight;
-        share<M>(mixed, k, job.logits, g, own, grad_weight);
-        const S raw = convert<S>(loaded[k].scale.at[e]), grad_d = own * mixed.by_d[k];
+        share<M>(mixed, k, job.logits, g, scaled, own, grad_weight);
+        const S raw = convert<S>(loaded[k].scale.at[at]), grad_d = own * mixed.by_d[k];
         sum += grad_d;
-        loaded[k].scale.at[e] = convert<T>(through_bound<M>(own * mixed.by_s[k], raw, bound));
-        loaded[k].mean.at[e] = convert<T>(-grad_d);
-        loaded[k].weight.at[e] = convert<T>(grad_weight);
+        loaded[k].scale.at[at] = convert<T>(through_bound<M>(own * mixed.by_s[k], raw, bound));
+        loaded[k].mean.at[at] = convert<T>(-grad_d);
+        loaded[k].weight.at[at] = convert<T>(grad_weight);
       }
-      grad_y.at[e] = convert<T>(follows ? S(0) : sum);
+      grad_y.at[at] = convert<T>(follows ? S(0) : sum);
+      Walk::turn(y_hat);
+      Walk::turn(grad);
+      Walk::turn(through);
+      Walk::turn(grad_y.at);
+      Walk::turn(loaded);
     }
-    LIC_FAST_UNROLL_FEW(kMost)
+    LIC_FAST_UNROLL_FEW
     for (int64_t k = 0; k < kMost; ++k) {
-      if (k >= job.components) break;
+      if (k >= Walk::components(job)) break;
       const int64_t shift = k * job.sample, offset = b * job.sample * job.components + shift;
       put4(job.grad_scales, offset, i, job.sample, job.vector, loaded[k].scale);
       put4(job.grad_means, offset, i, job.sample, job.vector, loaded[k].mean);
@@ -281,8 +374,8 @@ __device__ __forceinline__ void backward4(const Job& job, const RateRule<S>& rul
   put4(job.grad_y, b * job.sample, i, job.sample, job.vector, grad_y);
 }
 
-template <class T, int32_t kForm>
-__global__ void __launch_bounds__(kThreads)
+template <class T, int32_t kMost, int32_t kFamily>
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kMost>)
     mixture_rate_bwd_kernel(const __grid_constant__ Job job, const RateRule<Arithmetic<T>> rule) {
   using S = Arithmetic<T>;
   const int64_t i = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * 4;
@@ -291,14 +384,18 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t b = blockIdx.y; b < job.batch; b += gridDim.y) {
     S grad[4], through[4];
     if (rows) {
-      const S* by_row = static_cast<const S*>(job.grad_rate.data) + b * (job.sample / job.inner);
+      const S* by_row = static_cast<const S*>(job.grad_rate.data) + b * job.channels;
+      int64_t row = row_of(job, i), left = (row + 1) * job.inner - i;
 #pragma unroll
-      for (int32_t e = 0; e < 4; ++e) grad[e] = i + e < job.sample ? by_row[(i + e) / job.inner] : S(0);
+      for (int32_t e = 0; e < 4; ++e) {
+        grad[e] = i + e < job.sample ? by_row[row] : S(0);
+        if (--left == 0) ++row, left = job.inner;
+      }
     } else {
       upstream4<S>(job.grad_rate, b * job.sample, i, job.sample, job.vector, grad);
     }
     upstream4<T>(job.grad_y_hat, b * job.sample, i, job.sample, job.vector, through);
-    backward4<T, kForm>(job, rule, b, i, grad, through);
+    backward4<T, kMost, kFamily>(job, rule, b, i, grad, through);
   }
 }
 
