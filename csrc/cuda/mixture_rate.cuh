@@ -4,7 +4,7 @@
 #include <type_traits>
 
 #include "common/likelihood.h"
-#include "cuda/device.cuh"
+#include "cuda/device_math.cuh"
 
 namespace lic_fast {
 namespace {
@@ -20,32 +20,6 @@ constexpr int64_t kMostBlocks = 65535;
 // registers that three blocks leave it.
 template <int32_t kMost>
 constexpr int32_t kBlocksAtOnce = kMost == 2 ? 3 : 0;
-
-template <class T>
-struct DeviceMath {
-  using Scalar = T;
-  using Value = T;
-  using Mask = bool;
-  static __device__ __forceinline__ T all(T x) { return x; }
-  static __device__ __forceinline__ T fused(T a, T b, T c) { return a * b + c; }
-  static __device__ __forceinline__ T select(bool mask, T a, T b) { return mask ? a : b; }
-  static __device__ __forceinline__ bool both(bool a, bool b) { return a & b; }
-  static __device__ __forceinline__ bool any(bool mask) { return mask; }
-  static __device__ __forceinline__ T abs(T x) { return x < 0 ? -x : x; }
-  static __device__ __forceinline__ T at_most(T x, T limit) { return x > limit ? limit : x; }
-  static __device__ __forceinline__ T at_least(T x, T limit) { return x < limit ? limit : x; }
-  static __device__ __forceinline__ T greater(T x, T y) { return x < y ? y : x; }
-  static __device__ __forceinline__ T reciprocal(T x) { return T(1) / x; }
-  static __device__ __forceinline__ float round(float x) { return rintf(x); }
-  static __device__ __forceinline__ double round(double x) { return rint(x); }
-  static __device__ __forceinline__ float exp(float x) { return expf(x); }
-  static __device__ __forceinline__ double exp(double x) { return ::exp(x); }
-  static __device__ __forceinline__ float expm1_negative(float x) { return expm1f(x); }
-  static __device__ __forceinline__ double expm1_negative(double x) { return ::expm1(x); }
-  static __device__ __forceinline__ float log(float x) { return logf(x); }
-  static __device__ __forceinline__ double log(double x) { return ::log(x); }
-  static __device__ __forceinline__ double erfcx(double x) { return ::erfcx(x); }
-};
 
 template <class T>
 using Arithmetic = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -115,9 +89,8 @@ __device__ __forceinline__ Parameters<T> parameters4(const Job& job, int64_t k, 
           input4<T>(job.weights, b, shift + i, shift + end, job.vector)};
 }
 
-// A mixture, and the derivatives of its components' log-likelihoods.
 template <class S, int64_t kMost>
-struct MixedGradients : Mixed<DeviceMath<S>, kMost> {
+struct MixedGradients : Mixed<DeviceMath<S>, kMost> {  // with the derivatives of the components' log-likelihoods
   S by_d[kMost], by_s[kMost];
 };
 
