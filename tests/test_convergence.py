@@ -107,7 +107,7 @@ def test_the_demo_says_where_each_run_reached_the_stock_runs_loss(
     monkeypatch.setattr(demo, "_run", train)  # in this process: the sizes are patched here
     assert demo.main(["--data", str(photos), "--steps", "12", "--output", str(tmp_path / "demo")]) == 0
     shown = capfd.readouterr().out
-    assert "(5 ops)" in shown or "ops), " in shown
+    assert f"({len(demo.OPS['fast'])} ops)" in shown or "ops), " in shown
     (line,) = [line for line in shown.splitlines() if line.startswith("stock's, reached at step")]
     held = demo.Curve.of(tmp_path / "demo" / "stock")
     assert held.reaches(held.losses[-1]) in line and held.reaches(0.0) == "never"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_training import one_thread, photos, tiny
 
-from lic_fast.training import ImageCodec, commands, files, loop, train
+from lic_fast.training import ImageCodec, commands, files, loop, models, train
 
 pytest.importorskip("scipy")
 STDET = dict(stdet=True, stdet_warmup=3, stdet_epoch_steps=4, stdet_true=0.1, stdet_samples=80, steps=30, lr=1e-3)
@@ -24,7 +24,7 @@ def test_a_run_embeds_writes_its_files_and_is_decoded(tmp_path: Path, photos: Pa
     run = tmp_path / "run"
     rows = files.read_log(run / "stdet.csv")
     assert [int(row["step"]) for row in rows] == [4, 8, 12, 16, 20, 24, 28]
-    weights = sum(p.numel() for _, p in loop.split_parameters(loop.build_model("bmshj2018-factorized", (8, 8)))[0])
+    weights = sum(p.numel() for _, p in models.split_parameters(models.build_model("bmshj2018-factorized", (8, 8)))[0])
     assert [int(row["true"]) for row in rows] == [0, 0, 0, *(round(0.1 * i * weights) for i in range(1, 5))]
     assert float(rows[-1]["trainable_share"]) == pytest.approx(
         1 - (int(rows[-1]["true"]) + int(rows[-1]["dummy"])) / weights

@@ -6,6 +6,7 @@ and back. What they keep in the instance is made when it is needed and dropped b
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -82,13 +83,8 @@ class FastEntropyModel(EntropyModel):
 
     # Tables
 
-    def _lic_fast_sources(self) -> dict[str, Tensor]:
-        """What the tables are made from, by its name in the state dict."""
-        raise NotImplementedError
-
-    def _lic_fast_make(self) -> None:
-        """Makes the tables."""
-        raise NotImplementedError
+    _lic_fast_sources: Callable[[], dict[str, Tensor]]  # what the tables are made from, by its name in the state dict
+    _lic_fast_make: Callable[[], None]  # makes the tables
 
     def _lic_fast_values(self) -> Tensor:
         return torch.cat([value.detach().flatten() for value in self._lic_fast_sources().values()])
