@@ -57,6 +57,12 @@ class OpSpec:
             return f"{self.name} in {backend} does not take {dtype}"
         return impl.why_not(device)
 
+    @property
+    def usual_dtype(self) -> torch.dtype:
+        """fp32 where the op takes it, else the first dtype it takes."""
+        dtypes = self.impls["reference"].dtypes
+        return torch.float32 if torch.float32 in dtypes else dtypes[0]
+
     def candidates(self, device: str) -> tuple[str, ...]:
         """The backends auto mode tries on `device`, measured fastest first."""
         return self.order.get(device, ("reference",))
@@ -171,18 +177,18 @@ class Explanation:
         return "\n".join([head, *(f"  {name}: {reason or 'usable'}" for name, reason in self.reasons.items())])
 
 
-def explain(op: str, device: str | torch.device | None = None, dtype: torch.dtype = torch.float32) -> Explanation:
+def explain(op: str, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Explanation:
     """Says which backend runs `op` on `device` with `dtype`, and why the others do not.
 
-    device: default "cuda" where available, else "cpu". Print the result for a table. Raises ValueError for an
-    unknown op.
+    device: default "cuda" where available, else "cpu". dtype: default fp32, or what the op takes where that is not fp32
+    (the coders' int32). Print the result for a table. Raises ValueError for an unknown op.
     """
     spec = OPS.get(op)
     if spec is None:
         raise ValueError(f"explain: unknown op, got {op!r}; use one of {', '.join(sorted(OPS))}")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = torch.device(device).type
+    kind, dtype = torch.device(device).type, dtype or spec.usual_dtype
     tried: Sequence[str] = [*spec.candidates(kind), *(b for b in BACKENDS if b not in spec.candidates(kind))]
     reasons = {backend: spec.why_not(backend, kind, dtype) for backend in tried}
     forced = _forced()

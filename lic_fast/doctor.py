@@ -66,6 +66,6 @@ def report() -> str:
     lines.append(_backend_line("reference", "any", None))
     lines += ["", "Native libraries", *_library_lines()]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    lines += ["", f"Ops on {device}, float32"]
+    lines += ["", f"Ops on {device}, float32 (integers where an op takes no other)"]
     lines += [f"  {name:<24} {explain(name, device).chosen}" for name in sorted(OPS)]
     return "\n".join(lines)

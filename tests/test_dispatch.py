@@ -152,3 +152,11 @@ def test_simd_variants_agree_bit_for_bit():
         done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
         hashes.add(done.stdout)
     assert len(hashes) == 1
+
+
+def test_every_op_runs_on_the_cpu_in_its_usual_dtype() -> None:
+    for op in _dispatch.OPS:
+        told = lic_fast.explain(op, "cpu")
+        assert told.chosen is not None, told
+    assert lic_fast.explain("ans_coder_encode", "cpu").dtype is torch.int32
+    assert lic_fast.explain("mixture_rate", "cpu").dtype is torch.float32

@@ -11,7 +11,7 @@ import torch
 from test_training import one_thread, photos, tiny
 
 from lic_fast.optim import SOAP
-from lic_fast.training import ImageCodec, commands, evaluate, files, loop, train
+from lic_fast.training import ImageCodec, commands, evaluate, files, loop, models, train
 
 
 @pytest.mark.parametrize("model", ["bmshj2018-factorized", "elic2022-official"])
@@ -22,7 +22,7 @@ def test_slow_weights_have_their_own_names_whatever_the_order_of_the_groups(
     train(tiny(tmp_path, photos, model=model, channels=channels, optimizer="soap", sma=True, sma_every=3, steps=6))
     saved = loop.load_checkpoint(tmp_path / "run" / "checkpoint.pt", "test")
     parameters = set(saved["slow"])
-    assert parameters == {n for n, _ in loop.split_parameters(loop.build_model(model, channels))[0]}
+    assert parameters == {n for n, _ in loop.split_parameters(models.build_model(model, channels))[0]}
     for name in parameters:  # step 6 ended with an average, and training goes on from it
         assert torch.equal(saved["slow"][name], saved["model"][name]), name
 
