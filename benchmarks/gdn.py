@@ -25,7 +25,7 @@ def _inputs(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> t
     g = torch.Generator().manual_seed(_SEED)
     C = shape[1]
     x, grad = (torch.randn(shape, generator=g).to(device, dtype) for _ in range(2))
-    gamma = 0.3 * torch.eye(C) + 0.3 / C**0.5 * torch.rand(C, C, generator=g)
+    gamma = 0.3 * torch.eye(C) + 0.3 / C**0.5 * (0.01 + torch.rand(C, C, generator=g))
     beta = 0.5 + torch.rand(C, generator=g)
     return [x, beta.to(device), gamma.to(device)], grad
 
