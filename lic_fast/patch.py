@@ -14,7 +14,7 @@ from itertools import chain
 import torch
 from torch import nn
 
-from ._dispatch import OPS, explain
+from ._dispatch import explain
 
 _SERIAL_OPS = ("ans_coder_encode", "ans_coder_decode_", "context_conv")  # CompressAI's code runs before the reference
 _WRAPPERS = ("module", "_orig_mod")  # of DistributedDataParallel and torch.compile
@@ -239,10 +239,9 @@ def _explain(report: Report, module: nn.Module, model: nn.Module, kind: Kind) ->
     tensors = chain(module.parameters(), model.parameters(), module.buffers())  # the tables among these are int32
     tensor = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
     for op in kind.ops:
-        if op in OPS:
-            coder = op.startswith("ans_coder")
-            device, dtype = (torch.device("cpu"), torch.int32) if coder else (tensor.device, tensor.dtype)
-            report.backends.setdefault((op, device.type, dtype), _backend(op, device, dtype))
+        coder = op.startswith("ans_coder")
+        device, dtype = (torch.device("cpu"), torch.int32) if coder else (tensor.device, tensor.dtype)
+        report.backends.setdefault((op, device.type, dtype), _backend(op, device, dtype))
 
 
 def _import_compressai() -> None:

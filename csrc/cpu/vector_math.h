@@ -115,11 +115,6 @@ struct VectorMath {
   static LIC_FAST_INLINE Value at_least(Value x, float limit) { return select(x < all(limit), all(limit), x); }
   static LIC_FAST_INLINE Value greater(Value x, Value y) { return select(x < y, y, x); }
   static LIC_FAST_INLINE Value reciprocal(Value x) { return 1.0f / x; }
-  static LIC_FAST_INLINE Value round(Value x) {  // halves to even
-    constexpr float kWhole = 8388608.0f;         // 2^23: from here on every fp32 is an integer
-    const Value size = abs(x);
-    return select(size < kWhole, with_sign_of((size + kWhole) - kWhole, x), x);
-  }
 
   static LIC_FAST_INLINE Value load(const float* from) {
     Value result;
@@ -218,7 +213,6 @@ struct ScalarMath {
   static LIC_FAST_INLINE double at_least(double x, double limit) { return x < limit ? limit : x; }
   static LIC_FAST_INLINE double greater(double x, double y) { return x < y ? y : x; }
   static LIC_FAST_INLINE double reciprocal(double x) { return 1.0 / x; }
-  static LIC_FAST_INLINE double round(double x) { return std::nearbyint(x); }
   static LIC_FAST_INLINE double load(const double* from) { return *from; }
   static LIC_FAST_INLINE void store(double* to, double x) { *to = x; }
   static LIC_FAST_INLINE double exp(double x) { return std::exp(x); }

@@ -6,6 +6,7 @@ and back. What they keep in the instance is made when it is needed and dropped b
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -246,8 +247,4 @@ def _as_was_given(bound: float, dtype: torch.dtype) -> float:
 
 def common_dtype(*tensors: Tensor | None) -> torch.dtype:
     """The dtype to which PyTorch promotes the tensors."""
-    dtypes = [tensor.dtype for tensor in tensors if tensor is not None]
-    result = dtypes[0]
-    for dtype in dtypes[1:]:
-        result = torch.promote_types(result, dtype)
-    return result
+    return functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors if tensor is not None))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from typing import Any
 
 import compressai.entropy_models
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..functional import factorized_rate, pack_factorized
@@ -132,37 +132,15 @@ def solve_quantiles(model: nn.Module, *, radius: float = 1e5) -> int:
     return len(bottlenecks)
 
 
-def _layers(bottleneck: nn.Module) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-    """(matrix, bias, factor) of each layer in fp64, as the cumulative uses them."""
-    count, listed = len(bottleneck.filters) + 1, hasattr(bottleneck, "matrices")
-
-    def parameter(name: str, i: int) -> Tensor:
-        value = getattr(bottleneck, _LISTS[name])[i] if listed else getattr(bottleneck, f"_{name}{i}")
-        return value.detach().double()
-
-    return [
-        (
-            F.softplus(parameter("matrix", i)),
-            parameter("bias", i),
-            torch.tanh(parameter("factor", i)) if i + 1 < count else None,
-        )
-        for i in range(count)
-    ]
-
-
 @torch.no_grad()
 def _solve(bottleneck: nn.Module, radius: float) -> None:
-    layers = _layers(bottleneck)
+    twin = copy.deepcopy(bottleneck).double()
 
     def logits(values: Tensor) -> Tensor:
-        for matrix, bias, factor in layers:
-            values = matrix @ values + bias
-            if factor is not None:
-                values = values + factor * torch.tanh(values)
-        return values
+        return twin._logits_cumulative(values, stop_gradient=True)
 
     quantiles = bottleneck.quantiles
-    target = bottleneck.target.double()
+    target = twin.target
     low = torch.full(quantiles.shape, -radius, dtype=torch.float64, device=quantiles.device)
     high = -low
     ends = logits(low), logits(high)
