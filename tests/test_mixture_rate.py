@@ -54,7 +54,7 @@ def against_reference(device, backend, args, families, mode, output, bound=0.0, 
     rest = (list(families), CODES[mode], scale_bound, bound, logits, OUTPUTS[output])
     op = torch.ops.lic_fast.mixture_rate
     with lic_fast.use_backend(backend):
-        y_hat, rate = op(y, scales, means, weights, seed, *rest)
+        y_hat, rate, _ = op(y, scales, means, weights, seed, *rest, True)
         g = torch.Generator().manual_seed(5)
         up = [torch.randn(t.shape, generator=g).to(device, t.dtype) for t in (y_hat, rate)]
         leaves = [t for t in args if t is not None]
@@ -63,7 +63,11 @@ def against_reference(device, backend, args, families, mode, output, bound=0.0, 
     y_ref, rate_ref = reference.mixture_rate(*plain, seed, *rest)
     assert torch.equal(y_hat, y_ref)
     close(rate, rate_ref, dtype=torch.float64 if y.dtype is torch.float64 else torch.float32)
-    grads = reference.mixture_rate_bwd(up[0] if y_hat.numel() else None, up[1], *plain, seed, *rest)
+    slopes = reference.mixture_rate_slopes(*plain, seed, *rest)
+    grads = reference.mixture_rate_bwd(
+        up[0] if y_hat.numel() else None, up[1], slopes, scales.detach(), weights is None, CODES[mode], scale_bound,
+        bound, OUTPUTS[output],
+    )  # fmt: skip
     wide = scales.detach().clamp_min(max(scale_bound, 1e-6))
     least = wide.reshape(y.shape[0], len(families), *y.shape[1:]).amin(1)
     for name, one, exact in zip(

@@ -346,8 +346,13 @@ def _setting(
 def mixture_rate_out(
     y: Tensor, scales: Tensor, means: Optional, weights: Optional, seed: Optional, families: Sequence[int],
     quantize: int, scale_bound: float, likelihood_bound: float, logits: bool, output: int, y_hat: Tensor, rate: Tensor,
+    slopes: Tensor,
 ) -> None:  # fmt: skip
-    """Fills y_hat, where anything is quantised, and rate. Samples are dense, at any distance; results contiguous."""
+    """Fills y_hat, where anything is quantised, and rate. Samples are dense, at any distance; results contiguous.
+
+    slopes, which the CPU's kernels leave for their gradients, has elements under the interpreter only: zeros.
+    """
+    slopes.zero_()
     by_row = output == BITS_PER_CHANNEL.value
     results = [y_hat] if by_row else [y_hat, rate]
     programs, sizes, constants = _setting(
@@ -365,7 +370,7 @@ def mixture_rate_out(
 
 
 def mixture_rate_bwd_out(
-    grad_y_hat: Optional, grad_rate: Optional, y: Tensor, scales: Tensor, means: Optional, weights: Optional,
+    grad_y_hat: Optional, grad_rate: Optional, slopes: Tensor, y: Tensor, scales: Tensor, means: Optional, weights: Optional,
     seed: Optional, families: Sequence[int], quantize: int, scale_bound: float, likelihood_bound: float, logits: bool,
     output: int, grad_y: Tensor, grad_scales: Tensor, grad_means: Tensor, grad_weights: Tensor,
 ) -> None:  # fmt: skip

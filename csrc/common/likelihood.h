@@ -27,24 +27,18 @@ struct Density {
   typename M::Value by_d, by_s;        // derivatives of its logarithm; by_d is that by |d|
 };
 
-// erfcx(x) = exp(x^2) erfc(x) of two x >= 0 with one division. fp32: (x + 2.5) erfcx(x) is a polynomial of
-// t = 1 - 5 / (x + 2.5) in [-1, 1] to 1.3e-7 (of the result, also for large x), 4.5e-7 with rounding.
+// exp(x^2 / 2) times the normal probability beyond x >= 0. fp32: with q = x / sqrt(2) + 2.5, q times it is a polynomial
+// of 1 - 5 / q in [-1, 1] to 1.3e-7 (of the result, also for large x), 4.5e-7 with rounding.
 template <class M>
-LIC_FAST_ANYWHERE void erfcx2(typename M::Value x, typename M::Value y, typename M::Value& of_x,
-                              typename M::Value& of_y) {
+LIC_FAST_ANYWHERE typename M::Value scaled_tail(typename M::Value x) {
   using V = typename M::Value;
   if constexpr (sizeof(typename M::Scalar) == 8) {
-    of_x = M::erfcx(x);
-    of_y = M::erfcx(y);
+    return M::erfcx(x * 0.70710678118654752440) * 0.5;
   } else {
-    const V p = M::at_most(x, 1e15f) + 2.5f, q = M::at_most(y, 1e15f) + 2.5f;  // further on nothing changes but 1 / x
-    const V both = M::reciprocal(p * q);
-    const V u = both * q, v = both * p;
-    const V t = M::fused(u, M::all(-5.0f), M::all(1.0f)), r = M::fused(v, M::all(-5.0f), M::all(1.0f));
-    of_x = u * polynomial<M>(t, 1.05403173f, -0.80465275f, 0.453919739f, -0.171237916f, 0.028310271f, 0.00833976362f,
-                             -0.00465758238f, -0.00035443026f, 0.000490826671f);
-    of_y = v * polynomial<M>(r, 1.05403173f, -0.80465275f, 0.453919739f, -0.171237916f, 0.028310271f, 0.00833976362f,
-                             -0.00465758238f, -0.00035443026f, 0.000490826671f);
+    const V u = M::reciprocal(M::fused(x, M::all(0.707106781f), M::all(2.5f)));
+    const V t = M::fused(u, M::all(-5.0f), M::all(1.0f));
+    return u * polynomial<M>(t, 0.527015865f, -0.402326375f, 0.22695987f, -0.085618958f, 0.0141551355f, 0.00416988181f,
+                             -0.00232879119f, -0.00017721513f, 0.000245413336f);
   }
 }
 
@@ -59,51 +53,44 @@ LIC_FAST_ANYWHERE typename M::Value box_mean(typename M::Value z2, typename M::V
   return M::fused(M::fused(M::fused(h2, M::all(T(-1.0 / 336)), c2), h2, c1), h2, c0);
 }
 
-// Three forms. Outside the box (a >= 0) and inside it by erfcx. Where the density is flat over the box both would
-// subtract near numbers: there it is the density at d times box_mean. The derivatives are those of the reference: the
-// hazard (the density at a over the likelihood) is numerator / factor / sqrt(2 pi) in each form.
+// Three forms. Outside the box (a >= 0) and inside it by scaled_tail. Where the density is flat over the box both would
+// subtract near numbers: there, in fp32, it is the density at d times box_mean. It is rare that a scale is so large,
+// and the branch saves a tenth of the work. The derivatives are those of the reference: the hazard (the density at a
+// over the likelihood) is numerator / factor / sqrt(2 pi) in each form. The factor is a normal number; NaN is in the
+// exponent.
 template <class M, bool kGradients>
 LIC_FAST_ANYWHERE Density<M> gaussian(typename M::Value distance, typename M::Value s) {
   using V = typename M::Value;
   using T = typename M::Scalar;
+  constexpr T kDensity = T(0.39894228040143267794);  // 1 / sqrt(2 pi)
+  constexpr bool kSingle = sizeof(T) == 4;           // fp64 has digits enough for the differences
   const V inverse = M::reciprocal(s);
   const V a = (distance - T(0.5)) * inverse, b = (distance + T(0.5)) * inverse, m = distance * inverse;
   const V drop = -m * inverse;  // (a^2 - b^2) / 2: log of the density at b over that at a
   const V fall = M::expm1_negative(drop), left = fall + T(1);
-  const V near = a * a * T(-0.5);
-  const auto outside = a >= T(0);
+  const V near = a * a * T(-0.5), tail = scaled_tail<M>(M::abs(a)), rest = left * scaled_tail<M>(b);
+  const auto inside = a < T(0);
+  const V density = M::exp_negative(near);
+  V numerator = M::select(inside, density, M::all(T(1)));
   Density<M> result;
-  V of_a, of_b, numerator;
-  if constexpr (sizeof(T) == 8) {  // fp64 has digits enough for the differences
-    erfcx2<M>(M::abs(a) * T(0.70710678118654752440), b * T(0.70710678118654752440), of_a, of_b);
-    numerator = M::select(outside, M::all(T(1)), M::exp(near));
-    const V tail = (of_a - left * of_b) * T(0.5);
-    result.factor = M::select(outside, tail, M::all(T(1)) - numerator * (of_a + left * of_b) * T(0.5));
-    result.exponent = M::select(outside, near, V{});
-  } else {
-    const auto flat = M::both(s >= T(2), drop >= T(-1));
-    const V h2 = inverse * inverse * T(0.25), z = drop * T(-0.5);
-    const V density = M::exp(M::select(flat, z - h2 * T(0.5), near));
-    numerator = M::select(outside, M::all(T(1)), density);
-    if (M::any(!flat)) {
-      erfcx2<M>(M::abs(a) * T(0.70710678118654752440), b * T(0.70710678118654752440), of_a, of_b);
-      const V tail = (of_a - left * of_b) * T(0.5);
-      result.factor = M::select(outside, tail, M::all(T(1)) - density * (of_a + left * of_b) * T(0.5));
-    } else {
-      result.factor = V{};
-    }
-    result.exponent = M::select(outside, near, V{});
-    if (M::any(flat)) {
-      numerator = M::select(flat, density, numerator);
-      const V mean = box_mean<M>(z * z, h2) * inverse * T(0.39894228040143267794);
+  result.exponent = M::select(inside, V{}, near);
+  result.factor = M::select(inside, M::fused(-density, tail + rest, M::all(T(1))), tail - rest);
+  if (kSingle) {
+    const auto wide = s >= T(8);
+    if (M::any(wide)) {
+      const auto flat = M::both(wide, drop >= T(-1));
+      const V h2 = inverse * inverse * T(0.25), z = drop * T(-0.5);
+      const V mean = box_mean<M>(z * z, h2) * inverse * kDensity;
+      numerator = M::select(flat, M::exp(z - h2 * T(0.5)), numerator);
       result.factor = M::select(flat, mean, result.factor);
       result.exponent = M::select(flat, m * m * T(-0.5), result.exponent);
+      result.exponent = M::select(inverse == T(0), M::all(static_cast<T>(-HUGE_VAL)), result.exponent);
     }
   }
   if constexpr (kGradients) {
-    const V rate = numerator * inverse * T(0.39894228040143267794) / result.factor;  // hazard / s
+    const V rate = numerator * (inverse * kDensity) / result.factor;  // hazard / s
     result.by_d = rate * fall;
-    result.by_s = rate * (-a * fall - left * inverse);
+    result.by_s = -rate * M::fused(a, fall, left * inverse);
   }
   return result;
 }
@@ -163,13 +150,20 @@ LIC_FAST_ANYWHERE Density<M> density(int32_t family, typename M::Value distance,
   return laplace<M, kGradients>(distance, s);
 }
 
+// The logarithm of a likelihood. That of a Gaussian needs no care for zeros and infinities.
+template <class M>
+LIC_FAST_ANYWHERE typename M::Value log_of(int32_t family, const Density<M>& density) {
+  return density.exponent + (family == kGaussian ? M::log_normal(density.factor) : M::log(density.factor));
+}
+
 // The scale that the density has: no smaller than the bound; NaN where it is not positive. A positive scale is held
 // above 1e-30, so that its reciprocal and the products with it are finite.
 template <class M>
 LIC_FAST_ANYWHERE typename M::Value bounded_scale(typename M::Value scale, typename M::Scalar bound) {
   using T = typename M::Scalar;
-  const typename M::Value s = M::at_least(scale, bound);
-  return M::select(s > T(0), M::at_least(s, T(1e-30)), M::all(static_cast<T>(NAN)));
+  const typename M::Value s = M::at_least(scale, bound > T(1e-30) ? bound : T(1e-30));
+  if (bound > T(0)) return s;
+  return M::select(scale > T(0), s, M::all(static_cast<T>(NAN)));
 }
 
 // The gradient of a scale: none below the bound, unless it would raise the scale.
@@ -192,7 +186,8 @@ struct Mixed {
 
 // Weights are probabilities (a negative one gives NaN) or logits. `component(k, weight, exponent, factor)` gives those
 // of the k-th component and its density. top is the largest exponent of a component that weighs anything, so that the
-// sum cannot overflow, and underflows only where nothing is left.
+// sum cannot overflow, and underflows only where nothing is left; a component without weight counts as at most e^80
+// times as likely as that one.
 template <class M, int64_t kMost, class Component>
 LIC_FAST_ANYWHERE void mix(int64_t components, bool logits, const Component& component, Mixed<M, kMost>& mixed) {
   using V = typename M::Value;
@@ -203,8 +198,11 @@ LIC_FAST_ANYWHERE void mix(int64_t components, bool logits, const Component& com
   for (int64_t k = 0; k < kMost; ++k) {
     if (k >= components) break;
     component(k, mixed.weight[k], exponent[k], mixed.likelihood[k]);
-    if (!logits) mixed.weight[k] = M::select(mixed.weight[k] >= T(0), mixed.weight[k], M::all(static_cast<T>(NAN)));
-    most = M::greater(mixed.weight[k], most);
+    if (logits) {
+      most = M::greater(mixed.weight[k], most);
+    } else {
+      mixed.weight[k] = M::select(mixed.weight[k] >= T(0), mixed.weight[k], M::all(static_cast<T>(NAN)));
+    }
   }
   LIC_FAST_UNROLL_FEW
   for (int64_t k = 0; k < kMost; ++k) {
@@ -212,20 +210,20 @@ LIC_FAST_ANYWHERE void mix(int64_t components, bool logits, const Component& com
     if (logits) {
       const V logit = mixed.weight[k] - most;
       exponent[k] = exponent[k] + logit;
-      mixed.weight[k] = M::exp(logit);
+      mixed.weight[k] = M::exp_negative(logit);
     }
-    top = M::select(M::both(mixed.weight[k] > T(0), exponent[k] > top), exponent[k], top);
+    top = M::select(mixed.weight[k] > T(0), M::greater(exponent[k], top), top);
   }
   mixed.sum = mixed.weight_sum = V{};
   LIC_FAST_UNROLL_FEW
   for (int64_t k = 0; k < kMost; ++k) {
     if (k >= components) break;
-    mixed.likelihood[k] = mixed.likelihood[k] * M::exp(exponent[k] - top);
+    mixed.likelihood[k] = mixed.likelihood[k] * M::exp_negative(M::at_most(exponent[k] - top, T(80)));
     if (logits) {
       mixed.weight_sum = mixed.weight_sum + mixed.weight[k];
       mixed.sum = mixed.sum + mixed.likelihood[k];
-    } else {  // a weight of zero takes nothing, not even of an infinite likelihood
-      mixed.sum = mixed.sum + M::select(mixed.weight[k] == T(0), V{}, mixed.weight[k] * mixed.likelihood[k]);
+    } else {
+      mixed.sum = mixed.sum + mixed.weight[k] * mixed.likelihood[k];
     }
   }
   mixed.log_p = top + M::log(logits ? mixed.sum / mixed.weight_sum : mixed.sum);
@@ -236,9 +234,8 @@ LIC_FAST_ANYWHERE void mix(int64_t components, bool logits, const Component& com
 template <class M, int64_t kMost>
 LIC_FAST_ANYWHERE void share(const Mixed<M, kMost>& mixed, int64_t k, bool logits, typename M::Value g,
                              typename M::Value scaled, typename M::Value& of_g, typename M::Value& grad_weight) {
-  using V = typename M::Value;
-  const V ratio = mixed.likelihood[k] * scaled;
-  of_g = logits ? ratio : M::select(mixed.weight[k] == typename M::Scalar(0), V{}, mixed.weight[k] * ratio);
+  const typename M::Value ratio = mixed.likelihood[k] * scaled;
+  of_g = logits ? ratio : mixed.weight[k] * ratio;
   grad_weight = logits ? ratio - mixed.weight[k] / mixed.weight_sum * g : ratio;
 }
 

@@ -60,19 +60,32 @@ struct RateRule {  // made on the host
     return held * static_cast<T>(-1.0 / kLn2);
   }
 
-  // The gradient with respect to log_p from that of rate(); below a positive bound CompressAI's one-sided rule.
+  // The derivative of rate() by log_p where a gradient passes; below a positive bound that at the bound times the
+  // small likelihood.
   template <class Math, class V>
-  LIC_FAST_ANYWHERE V upstream(V grad, V log_p) const {
-    const V none = V{}, edge = none + log_bound;
+  LIC_FAST_ANYWHERE V slope(V log_p) const {
+    const V none = V{};
     if (output == kLikelihood) {
       const V p = Math::exp(log_p), least = none + floor;
-      if (!bounded) return grad * choose(less(p, least), least, p);
-      return choose(less(log_p, edge), choose(less(grad, none), grad * p, none), grad * p);
+      return bounded ? p : choose(less(p, least), least, p);
     }
-    const V nats = grad * static_cast<T>(-1.0 / kLn2);
-    if (!bounded) return nats;
-    const V raised = choose(less(none, grad), nats * Math::exp(log_p - edge), none);
-    return choose(less(log_p, edge), raised, nats);
+    const V nats = none + static_cast<T>(-1.0 / kLn2), over = log_p - log_bound;
+    return bounded ? nats * Math::exp(choose(less(none, over), none, over)) : nats;
+  }
+
+  // The gradient of rate(), or 0 where it does not pass: below a positive bound CompressAI's one-sided rule.
+  template <class V>
+  LIC_FAST_ANYWHERE V passing(V grad, V log_p) const {
+    if (!bounded) return grad;
+    const V none = V{}, edge = none + log_bound;
+    const auto raises = output == kLikelihood ? less(grad, none) : less(none, grad);
+    return choose(less(log_p, edge), choose(raises, grad, none), grad);
+  }
+
+  // The gradient with respect to log_p from that of rate().
+  template <class Math, class V>
+  LIC_FAST_ANYWHERE V upstream(V grad, V log_p) const {
+    return passing(grad, log_p) * slope<Math>(log_p);
   }
 
   T log_bound, floor;

@@ -2,6 +2,8 @@
 //
 // A stretch is walked in blocks: their noise is made at once, then vector after vector is loaded, widened, computed and
 // stored. A mixture keeps what its components have come to in a few vectors a component on the stack.
+// The slopes are stacked planes of y's shape: the derivatives of an element's rate by y_hat - mean of each component,
+// by each scale, in a mixture by each weight, and log p where the likelihood is bounded.
 #pragma once
 
 #include "common/likelihood.h"
@@ -17,11 +19,6 @@ struct Input {
   int64_t stride;  // elements from one sample to the next
 };
 
-struct Upstream {
-  const void* data;  // null: zero
-  bool one;          // one element stands for all
-};
-
 struct MixtureJob {
   Input y, scales, means, weights;  // data null where there are none
   int64_t batch, sample, inner, components, seed;
@@ -31,9 +28,10 @@ struct MixtureJob {
   double scale_bound, likelihood_bound;
   void* y_hat;  // null where not asked for, as all that follow
   void* rate;
+  void* slopes;
   double* sums;  // of bits: one a row, or a piece of a row
-  Upstream grad_y_hat, grad_rate;
-  void *grad_y, *grad_scales, *grad_means, *grad_weights;
+
+  int64_t plane() const { return batch * sample; }
 };
 
 struct Stretch {
@@ -100,19 +98,6 @@ LIC_FAST_INLINE void components_of_block(const MixtureJob& job, const Settings<M
   }
 }
 
-// Mixes elements j, j + 1, ... of the block that begins at element i of the sample.
-template <class M, class T>
-LIC_FAST_INLINE void mix_at(const MixtureJob& job, const Sample<T>& from, const Parts<M>& parts, int64_t i, int64_t j,
-                            int64_t n, Mixed<M, kMostComponents>& mixed) {
-  using V = typename M::Value;
-  const auto component = [&](int64_t k, V& weight, V& exponent, V& factor) __attribute__((always_inline)) {
-    weight = load_part<M>(from.weights + k * job.sample + i + j, n - j);
-    exponent = M::load(parts.exponent[k] + j);
-    factor = M::load(parts.factor[k] + j);
-  };
-  mix<M>(job.components, job.logits, component, mixed);
-}
-
 template <class M>
 LIC_FAST_INLINE double sum_of(const typename M::Scalar* values, int64_t n) {  // in one order for any vector width
   double lanes[8] = {};
@@ -159,44 +144,113 @@ LIC_FAST_INLINE void quantize_block(const MixtureJob& job, const Sample<T>& from
   }
 }
 
+// Where the results of a stretch go; null where not asked for.
+template <class T, class S>
+struct Rooms {
+  Rooms(const MixtureJob& job, int64_t b)
+      : y_hat(job.y_hat ? static_cast<T*>(job.y_hat) + b * job.sample : nullptr),
+        rate(job.rate ? static_cast<S*>(job.rate) + b * job.sample : nullptr),
+        slopes(job.slopes ? static_cast<S*>(job.slopes) + b * job.sample : nullptr) {}
+  T* y_hat;
+  S *rate, *slopes;
+};
+
+// Slopes of element i and its neighbours, `left` of them. A likelihood of 0 takes all with it, even what is infinite.
+template <class M>
+struct SlopesAt {
+  using V = typename M::Value;
+  typename M::Scalar* planes;
+  int64_t plane, left;
+  V slope;
+  bool bounded;
+
+  LIC_FAST_INLINE void put(int64_t place, V value) const {
+    if (bounded) value = M::select(slope == 0, V{}, value);
+    store_part<M>(planes + place * plane, value, left);
+  }
+};
+
+template <class M, class T, bool kSlopes, int32_t kFamily>
+LIC_FAST_INLINE typename M::Value alone_at(const MixtureJob& job, const Settings<M>& set, const Sample<T>& from,
+                                           typename M::Scalar* slopes, typename M::Value d, int64_t i, int64_t left) {
+  using V = typename M::Value;
+  const V s = bounded_scale<M>(load_part<M>(from.scales + i, left), set.scale_bound);
+  const Density<M> part = density<M, kSlopes>(kFamily, M::abs(d), s);
+  const V log_p = log_of<M>(kFamily, part);
+  if constexpr (kSlopes) {
+    const V slope = set.rule.template slope<M>(log_p);
+    const SlopesAt<M> at{slopes + i, job.plane(), left, slope, set.rule.bounded};
+    at.put(0, slope * M::flipped(part.by_d, d));
+    at.put(1, slope * part.by_s);
+    if (at.bounded) store_part<M>(at.planes + 2 * at.plane, log_p, left);
+  }
+  return log_p;
+}
+
+// kCount: how many components, where that is known; else 0.
+template <class M, class T, bool kSlopes, int64_t kCount>
+LIC_FAST_INLINE typename M::Value mixed_at(const MixtureJob& job, const Settings<M>& set, const Sample<T>& from,
+                                           const Parts<M>& parts, typename M::Scalar* slopes, int64_t i, int64_t j,
+                                           int64_t left) {
+  using V = typename M::Value;
+  const int64_t count = kCount > 0 ? kCount : job.components;
+  Mixed<M, kCount ? kCount : kMostComponents> mixed;
+  const auto component = [&](int64_t k, V& weight, V& exponent, V& factor) __attribute__((always_inline)) {
+    weight = load_part<M>(from.weights + k * job.sample + i, left);
+    exponent = M::load(parts.exponent[k] + j);
+    factor = M::load(parts.factor[k] + j);
+  };
+  mix<M>(count, job.logits, component, mixed);
+  if constexpr (kSlopes) {
+    const V slope = set.rule.template slope<M>(mixed.log_p), scaled = slope / mixed.sum;
+    const SlopesAt<M> at{slopes + i, job.plane(), left, slope, set.rule.bounded};
+    for (int64_t k = 0; k < count; ++k) {
+      V own, by_weight;
+      share<M>(mixed, k, job.logits, slope, scaled, own, by_weight);
+      at.put(k, own * M::load(parts.by_d[k] + j));
+      at.put(count + k, own * M::load(parts.by_s[k] + j));
+      at.put(2 * count + k, by_weight);
+    }
+    if (at.bounded) store_part<M>(at.planes + 3 * count * at.plane, mixed.log_p, left);
+  }
+  return mixed.log_p;
+}
+
 // kFamily: that of the only component, or -1 for a mixture.
-template <class M, class T, int32_t kFamily>
+template <class M, class T, bool kSlopes, int32_t kFamily, int64_t kCount>
 LIC_FAST_INLINE void forward(const MixtureJob& job, const Stretch& at) {
   using V = typename M::Value;
   using S = typename M::Scalar;
+  constexpr bool kMixed = kFamily < 0;
   alignas(64) S noise_room[kNoiseRoom<M>] = {};
-  alignas(64) S bits[kBlock + M::kLanes], y_hats[kFamily < 0 ? kBlock + M::kLanes : 1];
-  Parts<M> parts[kFamily < 0 ? 1 : 0];
+  alignas(64) S bits[kBlock + M::kLanes], y_hats[kMixed ? kBlock + M::kLanes : 1];
+  Parts<M> parts[kMixed ? 1 : 0];
   const Settings<M> set(job);
   const Sample<T> from(job, at.b);
+  const Rooms<T, S> to(job, at.b);
   const bool centred = from.means && !from.weights;
-  T* y_hat_out = job.y_hat ? static_cast<T*>(job.y_hat) + at.b * job.sample : nullptr;
-  S* rate_out = job.rate ? static_cast<S*>(job.rate) + at.b * job.sample : nullptr;
-  Mixed<M, kMostComponents> mixed;
   for (int64_t block = at.begin; block < at.end; block += kBlock) {
     const int64_t n = std::min(kBlock, at.end - block);
     const S* noise = noise_of<M>(job, at, block, n, noise_room);
-    if constexpr (kFamily < 0) {
+    if constexpr (kMixed) {
       quantize_block<M>(job, from, noise, block, n, y_hats);
-      components_of_block<M, T, false>(job, set, from, block, n, y_hats, parts[0]);
+      components_of_block<M, T, kSlopes>(job, set, from, block, n, y_hats, parts[0]);
     }
     for (int64_t j = 0; j < n; j += M::kLanes) {
       const int64_t i = block + j, left = n - j;
       const V mean = centred ? load_part<M>(from.means + i, left) : V{};
-      const V y_hat = quantized<S>(load_part<M>(from.y + i, left), mean, M::load(noise + j), job.quantize, centred);
-      if (y_hat_out) store_part<M>(y_hat_out + i, y_hat, left);
-      V log_p;
-      if constexpr (kFamily >= 0) {
-        const V s = bounded_scale<M>(load_part<M>(from.scales + i, left), set.scale_bound);
-        const Density<M> part = density<M, false>(kFamily, M::abs(y_hat - mean), s);
-        log_p = part.exponent + M::log(part.factor);
+      V y_hat, log_p;
+      if constexpr (kMixed) {
+        y_hat = M::load(y_hats + j);
+        log_p = mixed_at<M, T, kSlopes, kCount>(job, set, from, parts[0], to.slopes, i, j, left);
       } else {
-        mix_at<M>(job, from, parts[0], block, j, n, mixed);
-        log_p = mixed.log_p;
+        y_hat = quantized<S>(load_part<M>(from.y + i, left), mean, M::load(noise + j), job.quantize, centred);
+        log_p = alone_at<M, T, kSlopes, kFamily>(job, set, from, to.slopes, y_hat - mean, i, left);
       }
+      if (to.y_hat) store_part<M>(to.y_hat + i, y_hat, left);
       const V rate = set.rule.template rate<M>(log_p);
-      if (rate_out) {
-        store_part<M>(rate_out + i, rate, left);
+      if (to.rate) {
+        store_part<M>(to.rate + i, rate, left);
       } else {
         M::store(bits + j, rate);
       }
@@ -205,143 +259,23 @@ LIC_FAST_INLINE void forward(const MixtureJob& job, const Stretch& at) {
   }
 }
 
-// The upstream gradient of the rate of elements [i, i + n) of a sample, where it is given by rows.
-template <class M>
-LIC_FAST_INLINE void spread_rows(const MixtureJob& job, const Stretch& at, int64_t i, int64_t n,
-                                 typename M::Scalar* grad) {
-  const typename M::Scalar* rows =
-      static_cast<const typename M::Scalar*>(job.grad_rate.data) + at.b * (job.sample / job.inner);
-  for (int64_t j = 0; j < n;) {
-    const int64_t row = (i + j) / job.inner, end = std::min(n, (row + 1) * job.inner - i);
-    for (; j < end; ++j) grad[j] = rows[row];
-  }
-}
-
-// Where the gradients of a stretch go; null where not asked for.
-template <class T>
-struct Rooms {
-  Rooms(const MixtureJob& job, int64_t b)
-      : y(at(job.grad_y, b * job.sample)),
-        scales(at(job.grad_scales, b * job.sample * job.components)),
-        means(at(job.grad_means, b * job.sample * job.components)),
-        weights(at(job.grad_weights, b * job.sample * job.components)) {}
-  static T* at(void* room, int64_t offset) { return room ? static_cast<T*>(room) + offset : nullptr; }
-  T *y, *scales, *means, *weights;
-};
-
-template <class M, class T, class G>
-LIC_FAST_INLINE typename M::Value upstream_at(const Upstream& grad, int64_t place, int64_t n) {
-  if (!grad.data) return typename M::Value{};
-  const G* data = static_cast<const G*>(grad.data);
-  if (grad.one) return M::all(convert<typename M::Scalar>(*data));
-  return load_part<M>(data + place, n);
-}
-
-// One component's gradients by log p's share in it: of the scale and the mean; returns that of d.
-template <class M, class T>
-LIC_FAST_INLINE typename M::Value component_grads(const MixtureJob& job, const Settings<M>& set, const Sample<T>& from,
-                                                  const Rooms<T>& to, int64_t place, int64_t n,
-                                                  typename M::Value weight, typename M::Value by_d,
-                                                  typename M::Value by_s) {
-  using V = typename M::Value;
-  const V grad_d = weight * by_d;
-  if (to.scales) {
-    const V scale = load_part<M>(from.scales + place, n);
-    store_part<M>(to.scales + place, through_bound<M>(weight * by_s, scale, set.scale_bound), n);
-  }
-  if (to.means && (job.weights.data || job.quantize != kDequantize)) store_part<M>(to.means + place, -grad_d, n);
-  return grad_d;
-}
-
-template <class M, class T, int32_t kFamily>
-LIC_FAST_INLINE void backward(const MixtureJob& job, const Stretch& at) {
-  using V = typename M::Value;
-  using S = typename M::Scalar;
-  alignas(64) S noise_room[kNoiseRoom<M>] = {};
-  alignas(64) S by_row[kBlock + M::kLanes] = {}, y_hats[kFamily < 0 ? kBlock + M::kLanes : 1];
-  Parts<M> parts[kFamily < 0 ? 1 : 0];
-  const Settings<M> set(job);
-  const Sample<T> from(job, at.b);
-  const Rooms<T> to(job, at.b);
-  const bool centred = from.means && !from.weights, follows = job.quantize == kDequantize;
-  const bool rows = job.output == kBitsPerChannel && job.grad_rate.data && !job.grad_rate.one;
-  const bool needs_p = job.output == kLikelihood || job.likelihood_bound > 0;
-  Mixed<M, kMostComponents> mixed;
-  for (int64_t block = at.begin; block < at.end; block += kBlock) {
-    const int64_t n = std::min(kBlock, at.end - block);
-    const S* noise = noise_of<M>(job, at, block, n, noise_room);
-    if (rows) spread_rows<M>(job, at, block, n, by_row);
-    if constexpr (kFamily < 0) {
-      quantize_block<M>(job, from, noise, block, n, y_hats);
-      components_of_block<M, T, true>(job, set, from, block, n, y_hats, parts[0]);
-    }
-    for (int64_t j = 0; j < n; j += M::kLanes) {
-      const int64_t i = block + j, left = n - j, global = at.b * job.sample + i;
-      const V mean = centred ? load_part<M>(from.means + i, left) : V{};
-      const V y_hat = quantized<S>(load_part<M>(from.y + i, left), mean, M::load(noise + j), job.quantize, centred);
-      const V grad = rows ? M::load(by_row + j) : upstream_at<M, T, S>(job.grad_rate, global, left);
-      const V through = upstream_at<M, T, T>(job.grad_y_hat, global, left);
-      V grad_y = V{};
-      if constexpr (kFamily >= 0) {
-        const V s = bounded_scale<M>(load_part<M>(from.scales + i, left), set.scale_bound);
-        const V d = y_hat - mean;
-        const Density<M> part = density<M, true>(kFamily, M::abs(d), s);
-        const V g = set.rule.template upstream<M>(grad, needs_p ? part.exponent + M::log(part.factor) : V{});
-        const V by_d = M::select(d < 0, -part.by_d, part.by_d);
-        grad_y = component_grads<M>(job, set, from, to, i, left, g, by_d, part.by_s);
-      } else {
-        mix_at<M>(job, from, parts[0], block, j, n, mixed);
-        const V g = set.rule.template upstream<M>(grad, mixed.log_p), scaled = g / mixed.sum;
-        for (int64_t k = 0; k < job.components; ++k) {
-          const int64_t place = k * job.sample + i;
-          V own, grad_weight;
-          share<M>(mixed, k, job.logits, g, scaled, own, grad_weight);
-          const V by_d = M::load(parts[0].by_d[k] + j), by_s = M::load(parts[0].by_s[k] + j);
-          grad_y = grad_y + component_grads<M>(job, set, from, to, place, left, own, by_d, by_s);
-          if (to.weights) store_part<M>(to.weights + place, grad_weight, left);
-        }
-      }
-      if (follows && centred && to.means) store_part<M>(to.means + i, through, left);
-      if (to.y) store_part<M>(to.y + i, follows ? V{} : grad_y + through, left);
-    }
-  }
-}
-
-template <class M, class T>
+template <class M, class T, bool kSlopes>
 LIC_FAST_INLINE void forward_by_family(const MixtureJob& job, const Stretch& at) {
-  if (job.weights.data) return forward<M, T, -1>(job, at);
+  if (job.weights.data && job.components == 3) return forward<M, T, kSlopes, -1, 3>(job, at);
+  if (job.weights.data) return forward<M, T, kSlopes, -1, 0>(job, at);
   switch (job.families[0]) {
-    case kGaussian: return forward<M, T, kGaussian>(job, at);
-    case kLogistic: return forward<M, T, kLogistic>(job, at);
-    default: return forward<M, T, kLaplace>(job, at);
+    case kGaussian: return forward<M, T, kSlopes, kGaussian, 0>(job, at);
+    case kLogistic: return forward<M, T, kSlopes, kLogistic, 0>(job, at);
+    default: return forward<M, T, kSlopes, kLaplace, 0>(job, at);
   }
 }
 
-template <class M, class T>
-LIC_FAST_INLINE void backward_by_family(const MixtureJob& job, const Stretch& at) {
-  if (job.weights.data) return backward<M, T, -1>(job, at);
-  switch (job.families[0]) {
-    case kGaussian: return backward<M, T, kGaussian>(job, at);
-    case kLogistic: return backward<M, T, kLogistic>(job, at);
-    default: return backward<M, T, kLaplace>(job, at);
-  }
-}
-
-template <class Isa>
-LIC_FAST_INLINE void forward_stretch_body(const MixtureJob& job, const Stretch& at) {
+template <class Isa, bool kSlopes>
+LIC_FAST_INLINE void forward_by_type(const MixtureJob& job, const Stretch& at) {
   switch (job.type) {
-    case kFloat32: return forward_by_family<VectorMath<Isa>, float>(job, at);
-    case kBFloat16: return forward_by_family<VectorMath<Isa>, BFloat16>(job, at);
-    default: return forward_by_family<ScalarMath, double>(job, at);
-  }
-}
-
-template <class Isa>
-LIC_FAST_INLINE void backward_stretch_body(const MixtureJob& job, const Stretch& at) {
-  switch (job.type) {
-    case kFloat32: return backward_by_family<VectorMath<Isa>, float>(job, at);
-    case kBFloat16: return backward_by_family<VectorMath<Isa>, BFloat16>(job, at);
-    default: return backward_by_family<ScalarMath, double>(job, at);
+    case kFloat32: return forward_by_family<VectorMath<Isa>, float, kSlopes>(job, at);
+    case kBFloat16: return forward_by_family<VectorMath<Isa>, BFloat16, kSlopes>(job, at);
+    default: return forward_by_family<ScalarMath, double, kSlopes>(job, at);
   }
 }
 

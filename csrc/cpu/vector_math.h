@@ -110,9 +110,14 @@ struct VectorMath {
   static LIC_FAST_INLINE Value with_sign_of(Value x, Value sign) {  // x >= 0
     return Value(Bits(x) | (Bits(sign) & 0x80000000u));
   }
+  static LIC_FAST_INLINE Value flipped(Value x, Value sign) { return Value(Bits(x) ^ (Bits(sign) & 0x80000000u)); }
   // The lesser and the greater of two; a NaN in x stays.
-  static LIC_FAST_INLINE Value at_most(Value x, float limit) { return select(x > all(limit), all(limit), x); }
-  static LIC_FAST_INLINE Value at_least(Value x, float limit) { return select(x < all(limit), all(limit), x); }
+  static LIC_FAST_INLINE Value at_most(Value x, float limit) {
+    return ::lic_fast::at_most<typename Lanes<Isa>::Floats>(x, all(limit));
+  }
+  static LIC_FAST_INLINE Value at_least(Value x, float limit) {
+    return ::lic_fast::at_least<typename Lanes<Isa>::Floats>(x, all(limit));
+  }
   static LIC_FAST_INLINE Value greater(Value x, Value y) { return select(x < y, y, x); }
   static LIC_FAST_INLINE Value reciprocal(Value x) { return 1.0f / x; }
 
@@ -152,6 +157,12 @@ struct VectorMath {
     const Value part = reduced_expm1(at_most(at_least(x, kLeastExponent), kLargestExponent), power) + 1.0f;
     const Value result = select(x < kLeastExponent, Value{}, Value(Bits(part) + power));
     return select(x > kLargestExponent, all(HUGE_VALF), result);
+  }
+  // exp for x <= 80; below -80 it gives 0, so that products with the result are normal numbers.
+  static LIC_FAST_INLINE Value exp_negative(Value x) {
+    Bits power;
+    const Value part = reduced_expm1(at_least(x, -80.0f), power) + 1.0f;
+    return select(x < -80.0f, Value{}, Value(Bits(part) + power));
   }
   static LIC_FAST_INLINE Value expm1(Value x) {
     Bits power;
@@ -209,6 +220,7 @@ struct ScalarMath {
   static LIC_FAST_INLINE bool any(bool mask) { return mask; }
   static LIC_FAST_INLINE double abs(double x) { return std::fabs(x); }
   static LIC_FAST_INLINE double with_sign_of(double x, double sign) { return std::copysign(x, sign); }
+  static LIC_FAST_INLINE double flipped(double x, double sign) { return std::signbit(sign) ? -x : x; }
   static LIC_FAST_INLINE double at_most(double x, double limit) { return x > limit ? limit : x; }
   static LIC_FAST_INLINE double at_least(double x, double limit) { return x < limit ? limit : x; }
   static LIC_FAST_INLINE double greater(double x, double y) { return x < y ? y : x; }
@@ -216,6 +228,7 @@ struct ScalarMath {
   static LIC_FAST_INLINE double load(const double* from) { return *from; }
   static LIC_FAST_INLINE void store(double* to, double x) { *to = x; }
   static LIC_FAST_INLINE double exp(double x) { return std::exp(x); }
+  static LIC_FAST_INLINE double exp_negative(double x) { return std::exp(x); }
   static LIC_FAST_INLINE double expm1(double x) { return std::expm1(x); }
   static LIC_FAST_INLINE double expm1_negative(double x) { return std::expm1(x); }
   static LIC_FAST_INLINE double log_normal(double x) { return std::log(x); }

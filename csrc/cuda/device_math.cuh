@@ -24,10 +24,12 @@ struct DeviceMath {
   static __device__ __forceinline__ double round(double x) { return rint(x); }
   static __device__ __forceinline__ float exp(float x) { return expf(x); }
   static __device__ __forceinline__ double exp(double x) { return ::exp(x); }
+  static __device__ __forceinline__ T exp_negative(T x) { return exp(x); }
   static __device__ __forceinline__ float expm1_negative(float x) { return expm1f(x); }
   static __device__ __forceinline__ double expm1_negative(double x) { return ::expm1(x); }
   static __device__ __forceinline__ float log(float x) { return logf(x); }
   static __device__ __forceinline__ double log(double x) { return ::log(x); }
+  static __device__ __forceinline__ T log_normal(T x) { return log(x); }
   static __device__ __forceinline__ double erfcx(double x) { return ::erfcx(x); }
 };
 

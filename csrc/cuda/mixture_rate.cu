@@ -149,7 +149,8 @@ void rows_out(const Launch& launch, const Tensor& y, double likelihood_bound) {
 
 void mixture_rate_out(Tensor y, Tensor scales, std::optional<Tensor> means, std::optional<Tensor> weights,
                       std::optional<Tensor> seed, std::vector<int64_t> families, int64_t quantize, double scale_bound,
-                      double likelihood_bound, bool logits, int64_t output, Tensor y_hat, Tensor rate) {
+                      double likelihood_bound, bool logits, int64_t output, Tensor y_hat, Tensor rate, Tensor slopes) {
+  STD_TORCH_CHECK(slopes.numel() == 0, "mixture_rate: the gradients evaluate the density again, no slopes are made");
   const torch::stable::accelerator::DeviceGuard guard(y.get_device_index());
   Alignment aligned{};
   Launch launch = make_launch(y, scales, means, weights, seed, families, quantize, scale_bound, likelihood_bound,
@@ -168,11 +169,11 @@ void mixture_rate_out(Tensor y, Tensor scales, std::optional<Tensor> means, std:
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-void mixture_rate_bwd_out(std::optional<Tensor> grad_y_hat, std::optional<Tensor> grad_rate, Tensor y, Tensor scales,
-                          std::optional<Tensor> means, std::optional<Tensor> weights, std::optional<Tensor> seed,
-                          std::vector<int64_t> families, int64_t quantize, double scale_bound, double likelihood_bound,
-                          bool logits, int64_t output, Tensor grad_y, Tensor grad_scales, Tensor grad_means,
-                          Tensor grad_weights) {
+void mixture_rate_bwd_out(std::optional<Tensor> grad_y_hat, std::optional<Tensor> grad_rate, Tensor, Tensor y,
+                          Tensor scales, std::optional<Tensor> means, std::optional<Tensor> weights,
+                          std::optional<Tensor> seed, std::vector<int64_t> families, int64_t quantize,
+                          double scale_bound, double likelihood_bound, bool logits, int64_t output, Tensor grad_y,
+                          Tensor grad_scales, Tensor grad_means, Tensor grad_weights) {
   const torch::stable::accelerator::DeviceGuard guard(y.get_device_index());
   Alignment aligned{};
   Launch launch = make_launch(y, scales, means, weights, seed, families, quantize, scale_bound, likelihood_bound,
@@ -205,9 +206,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lic_fast_cuda, m) {
   m.def(
       "mixture_rate_out(Tensor y, Tensor scales, Tensor? means, Tensor? weights, Tensor? seed, int[] families, "
       "int quantize, float scale_bound, float likelihood_bound, bool logits, int output, Tensor(a!) y_hat, "
-      "Tensor(b!) rate) -> ()");
+      "Tensor(b!) rate, Tensor(c!) slopes) -> ()");
   m.def(
-      "mixture_rate_bwd_out(Tensor? grad_y_hat, Tensor? grad_rate, Tensor y, Tensor scales, Tensor? means, "
+      "mixture_rate_bwd_out(Tensor? grad_y_hat, Tensor? grad_rate, Tensor slopes, Tensor y, Tensor scales, Tensor? "
+      "means, "
       "Tensor? weights, Tensor? seed, int[] families, int quantize, float scale_bound, float likelihood_bound, "
       "bool logits, int output, Tensor(a!) grad_y, Tensor(b!) grad_scales, Tensor(c!) grad_means, "
       "Tensor(d!) grad_weights) -> ()");

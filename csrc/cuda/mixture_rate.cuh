@@ -168,7 +168,7 @@ __device__ __forceinline__ void forward4(const Job& job, const RateRule<S>& rule
     for (int32_t e = 0; e < 4; ++e) {
       const S s = bounded_scale<M>(convert<S>(scale.at[e]), static_cast<S>(job.scale_bound));
       const Density<M> part = density<M, false>(kFamily, M::abs(add(y_hat[e], -mean[e])), s);
-      log_p[e] = part.exponent + M::log(part.factor);
+      log_p[e] = log_of<M>(kFamily, part);
     }
   } else {
     using Walk = Walk<kMost, kFamily>;
@@ -298,7 +298,7 @@ __device__ __forceinline__ void backward4(const Job& job, const RateRule<S>& rul
     for (int32_t e = 0; e < 4; ++e) {
       const S raw = convert<S>(scale.at[e]), d = add(y_hat[e], -mean[e]);
       const Density<M> part = density<M, true>(kFamily, M::abs(d), bounded_scale<M>(raw, bound));
-      const S g = rule.template upstream<M>(grad[e], needs_p ? part.exponent + M::log(part.factor) : S(0));
+      const S g = rule.template upstream<M>(grad[e], needs_p ? log_of<M>(kFamily, part) : S(0));
       const S grad_d = g * (d < 0 ? -part.by_d : part.by_d);
       grad_s.at[e] = convert<T>(through_bound<M>(g * part.by_s, raw, bound));
       grad_m.at[e] = convert<T>(follows ? through[e] : -grad_d);

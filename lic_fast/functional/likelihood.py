@@ -285,7 +285,8 @@ def _run(
     settings: tuple[int, Tensor | None, float, float, int],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     mode, seed, scale_bound, bound, output = settings
-    y_hat, rate = torch.ops.lic_fast.mixture_rate(
-        y, scales, means, weights, seed, codes, mode, scale_bound, bound, logits, output
+    slopes = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (y, scales, means, weights))
+    y_hat, rate, _ = torch.ops.lic_fast.mixture_rate(
+        y, scales, means, weights, seed, codes, mode, scale_bound, bound, logits, output, slopes
     )
     return (y if mode == NONE else y_hat), rate

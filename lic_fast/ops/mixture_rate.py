@@ -19,21 +19,42 @@ FAMILIES = {"gaussian": GAUSSIAN, "logistic": LOGISTIC, "laplace": LAPLACE}
 Optional = Tensor | None
 
 
-def _forward(kernel: Callable[..., None]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """`kernel(y, scales, means, weights, seed, families, quantize, ..., y_hat, rate)` fills the last two."""
+def _slopes_like(y: Tensor, weights: Optional, components: int, likelihood_bound: float, slopes: bool) -> Tensor:
+    """Room for the derivatives that a forward pass on the CPU leaves; without elements where none are made.
+
+    There arithmetic is what a density costs, and it is done once. On a GPU memory is: its gradients evaluate the density
+    again and read and write a seventh less.
+    """
+    made = slopes and y.device.type == "cpu"
+    shape = (reference.planes(components, weights is None, likelihood_bound), *y.shape) if made else 0
+    return torch.empty(shape, dtype=torch.promote_types(y.dtype, torch.float32), device=y.device)
+
+
+def _forward(kernel: Callable[..., None]) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """`kernel(y, scales, means, weights, seed, families, quantize, ..., y_hat, rate, slopes)` fills the last three."""
 
     def run(
         y: Tensor, scales: Tensor, means: Optional, weights: Optional, seed: Optional, families: list[int],
-        quantize: int, scale_bound: float, likelihood_bound: float, logits: bool, output: int,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        quantize: int, scale_bound: float, likelihood_bound: float, logits: bool, output: int, slopes: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         y_hat, rate = y_hat_like(y, quantize), rate_like(y, output)
+        room = _slopes_like(y, weights, len(families), likelihood_bound, slopes)
         if not y.numel():
-            return y_hat, rate.zero_()
+            return y_hat, rate.zero_(), room
         laid = [None if t is None else samples(t) for t in (y, scales, means, weights)]
-        kernel(*laid, seed, families, quantize, scale_bound, likelihood_bound, logits, output, y_hat, rate)
-        return y_hat, rate
+        kernel(*laid, seed, families, quantize, scale_bound, likelihood_bound, logits, output, y_hat, rate, room)
+        return y_hat, rate, room
 
     return run
+
+
+def _reference(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *inputs, slopes = args
+    y, weights, families, likelihood_bound = args[0], args[3], args[5], args[8]
+    room = _slopes_like(y, weights, len(families), likelihood_bound, slopes)
+    if room.numel():
+        room.copy_(reference.mixture_rate_slopes(*inputs))
+    return *reference.mixture_rate(*inputs), room
 
 
 def _rooms(y: Tensor, scales: Tensor, means: Optional, weights: Optional, need: list[bool]) -> list[Tensor]:
@@ -41,23 +62,23 @@ def _rooms(y: Tensor, scales: Tensor, means: Optional, weights: Optional, need: 
 
 
 def _backward(kernel: Callable[..., None]) -> Callable[..., tuple[Tensor, ...]]:
-    """`kernel(grad_y_hat, grad_rate, y, ..., output, grad_y, grad_scales, grad_means, grad_weights)`.
+    """`kernel(grad_y_hat, grad_rate, slopes, y, ..., output, grad_y, grad_scales, grad_means, grad_weights)`.
 
-    It fills those of the last four that have elements.
+    It fills those of the last four that have elements, and reads slopes if they have.
     """
 
     def run(
-        grad_y_hat: Optional, grad_rate: Optional, y: Tensor, scales: Tensor, means: Optional, weights: Optional,
-        seed: Optional, families: list[int], quantize: int, scale_bound: float, likelihood_bound: float, logits: bool,
-        output: int, need: list[bool],
+        grad_y_hat: Optional, grad_rate: Optional, slopes: Tensor, y: Tensor, scales: Tensor, means: Optional,
+        weights: Optional, seed: Optional, families: list[int], quantize: int, scale_bound: float,
+        likelihood_bound: float, logits: bool, output: int, need: list[bool],
     ) -> tuple[Tensor, ...]:  # fmt: skip
         rooms = _rooms(y, scales, means, weights, need)
         if not y.numel():
             return tuple(rooms)
         laid = [None if t is None else samples(t) for t in (y, scales, means, weights)]
         kernel(
-            upstream(grad_y_hat), upstream(grad_rate), *laid, seed, families, quantize, scale_bound, likelihood_bound,
-            logits, output, *rooms,
+            upstream(grad_y_hat), upstream(grad_rate), slopes, *laid, seed, families, quantize, scale_bound,
+            likelihood_bound, logits, output, *rooms,
         )  # fmt: skip
         return tuple(rooms)
 
@@ -65,11 +86,17 @@ def _backward(kernel: Callable[..., None]) -> Callable[..., tuple[Tensor, ...]]:
 
 
 def _reference_backward(*args: Any) -> tuple[Tensor, ...]:
-    *inputs, need = args
-    return kept(reference.mixture_rate_bwd(*inputs), _rooms(*inputs[2:6], need))
+    grad_y_hat, grad_rate, slopes, *inputs, need = args
+    _, scales, _, weights, _, _, quantize, scale_bound, likelihood_bound, _, output = inputs
+    if not slopes.numel():
+        slopes = reference.mixture_rate_slopes(*inputs)
+    results = reference.mixture_rate_bwd(
+        grad_y_hat, grad_rate, slopes, scales, weights is None, quantize, scale_bound, likelihood_bound, output
+    )
+    return kept(results, _rooms(*inputs[:4], need))
 
 
-FORWARD = spec("mixture_rate", _forward, "mixture_rate_out", "mixture_rate", reference.mixture_rate)
+FORWARD = spec("mixture_rate", _forward, "mixture_rate_out", "mixture_rate", _reference)
 BACKWARD = spec("mixture_rate_bwd", _backward, "mixture_rate_bwd_out", "mixture_rate", _reference_backward)
 
 _ARGUMENTS = (
@@ -77,33 +104,37 @@ _ARGUMENTS = (
     "float scale_bound, float likelihood_bound, bool logits, int output"
 )
 define(
-    f"mixture_rate({_ARGUMENTS}) -> (Tensor, Tensor)",
+    f"mixture_rate({_ARGUMENTS}, bool slopes) -> (Tensor, Tensor, Tensor)",
     lambda y, *rest: FORWARD(y, y, *rest),
-    lambda y, scales, means, weights, seed, families, quantize, scale_bound, likelihood_bound, logits, output: (
+    lambda y, scales, means, weights, seed, families, quantize, scale_bound, bound, logits, output, slopes: (
         y_hat_like(y, quantize),
         rate_like(y, output),
+        _slopes_like(y, weights, len(families), bound, slopes),
     ),
 )
 define(
-    f"mixture_rate_bwd(Tensor? grad_y_hat, Tensor? grad_rate, {_ARGUMENTS}, bool[] need)"
+    f"mixture_rate_bwd(Tensor? grad_y_hat, Tensor? grad_rate, Tensor slopes, {_ARGUMENTS}, bool[] need)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
-    lambda grad_y_hat, grad_rate, y, *rest: BACKWARD(y, grad_y_hat, grad_rate, y, *rest),
-    lambda grad_y_hat, grad_rate, y, scales, means, weights, *rest: tuple(_rooms(y, scales, means, weights, rest[-1])),
+    lambda grad_y_hat, grad_rate, slopes, y, *rest: BACKWARD(y, grad_y_hat, grad_rate, slopes, y, *rest),
+    lambda grad_y_hat, grad_rate, slopes, y, scales, means, weights, *rest: tuple(
+        _rooms(y, scales, means, weights, rest[-1])
+    ),
 )
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:5])
-    ctx.settings = inputs[5:]
+    ctx.mark_non_differentiable(output[2])
+    ctx.save_for_backward(output[2], *inputs[:5])
+    ctx.settings = inputs[5:-1]
 
 
-def _gradients(ctx: Any, grad_y_hat: Optional, grad_rate: Optional) -> tuple[Optional, ...]:
+def _gradients(ctx: Any, grad_y_hat: Optional, grad_rate: Optional, _: None) -> tuple[Optional, ...]:
     need = list(ctx.needs_input_grad[:4])
     if grad_y_hat is None and grad_rate is None:
-        return (None,) * 11
+        return (None,) * 12
     results = torch.ops.lic_fast.mixture_rate_bwd(grad_y_hat, grad_rate, *ctx.saved_tensors, *ctx.settings, need)
-    return (*(result if needed else None for result, needed in zip(results, need, strict=True)), *(None,) * 7)
+    return (*(result if needed else None for result, needed in zip(results, need, strict=True)), *(None,) * 8)
 
 
 torch.library.register_autograd("lic_fast::mixture_rate", _gradients, setup_context=_save)

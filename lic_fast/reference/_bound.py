@@ -30,21 +30,33 @@ def rate(log_p: Tensor, likelihood_bound: float, output: int, dtype: torch.dtype
     return (bits.unsqueeze(-1).flatten(2).sum(2) if output == BITS_PER_CHANNEL else bits).to(dtype)
 
 
-def rate_bwd(grad: Tensor, log_p: Tensor, likelihood_bound: float, output: int, dtype: torch.dtype) -> Tensor:
-    """The gradient with respect to log_p; `grad` is that of rate()'s result.
+def rate_slope(log_p: Tensor, likelihood_bound: float, output: int, dtype: torch.dtype) -> Tensor:
+    """The derivative of rate()'s elements by log_p, where `passes` lets it through.
 
-    Below a positive bound the gradient passes, times the small likelihood, only where it would raise the likelihood:
-    CompressAI's rule. Without a bound it is that of the true log-likelihood, also where the result was floored.
+    Below a positive bound it is that at the bound times the small likelihood: CompressAI's rule. Without a bound it is
+    that of the true log-likelihood, also where the result was floored.
     """
-    if output == BITS_PER_CHANNEL:
-        grad = grad.reshape(*grad.shape, *([1] * (log_p.dim() - 2)))
-    grad = grad.to(log_p.dtype)
     p = log_p.exp()
-    below = p < likelihood_bound
     if output == LIKELIHOOD:
-        floored = p if likelihood_bound > 0 else p.clamp_min(torch.finfo(dtype).tiny)
-        return torch.where(below & (grad >= 0), 0.0, grad * floored)
-    result = (grad / -math.log(2.0)).expand_as(log_p)
+        return p if likelihood_bound > 0 else p.clamp_min(torch.finfo(dtype).tiny)
+    slope = torch.full_like(log_p, -1 / math.log(2.0))
+    return slope * (p / likelihood_bound).clamp_max(1) if likelihood_bound > 0 else slope
+
+
+def passes(grad: Tensor, log_p: Tensor, likelihood_bound: float, output: int) -> Tensor:
+    """Whether a gradient of the rate goes on: below a bound only where it would raise the likelihood."""
+    return (log_p.exp() >= likelihood_bound) | ((grad < 0) if output == LIKELIHOOD else (grad > 0)) | log_p.isnan()
+
+
+def by_element(grad: Tensor, output: int, dim: int) -> Tensor:
+    """A gradient of sums [B, C] shaped so that it meets elements of `dim` dimensions."""
+    return grad.reshape(*grad.shape, *([1] * (dim - 2))) if output == BITS_PER_CHANNEL else grad
+
+
+def rate_bwd(grad: Tensor, log_p: Tensor, likelihood_bound: float, output: int, dtype: torch.dtype) -> Tensor:
+    """The gradient with respect to log_p; `grad` is that of rate()'s result."""
+    grad = by_element(grad, output, log_p.dim()).to(log_p.dtype)
+    result = grad * rate_slope(log_p, likelihood_bound, output, dtype)
     if likelihood_bound > 0:
-        result = torch.where(below, torch.where(grad > 0, result * (p / likelihood_bound), 0.0), result)
+        result = torch.where(passes(grad, log_p, likelihood_bound, output), result, 0.0)
     return result

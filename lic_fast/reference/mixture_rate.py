@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._bound import arithmetic_dtype, rate, rate_bwd
+from ._bound import arithmetic_dtype, by_element, passes, rate, rate_slope
 from ._noise import DEQUANTIZE, NONE, quantize
 
 GAUSSIAN, LOGISTIC, LAPLACE = range(3)
@@ -100,46 +100,66 @@ def mixture_rate(
     return y.new_empty(0) if quantize_mode == NONE else y_hat.to(y.dtype).contiguous(), result
 
 
+def planes(components: int, single: bool, likelihood_bound: float) -> int:
+    """How many tensors of y's shape mixture_rate_slopes stacks."""
+    return (2 if single else 3) * components + (likelihood_bound > 0)
+
+
+def mixture_rate_slopes(
+    y: Tensor, scales: Tensor, means: Tensor | None, weights: Tensor | None, seed: Tensor | None,
+    families: Sequence[int], quantize_mode: int, scale_bound: float, likelihood_bound: float, logits: bool, output: int,
+) -> Tensor:  # fmt: skip
+    """The derivatives of each element's rate (of its bits, where these are summed), [planes, B, C, *].
+
+    In this order: by y_hat - mean of each component, by the scale of each, and in a mixture by the weight of each; where
+    there is a likelihood_bound at last log p, which says where no gradient, or only one of two signs, goes on. Not yet
+    counted is the bound of the scales. Of y's dtype of arithmetic.
+    """
+    _, log_w, log_pk, by_d, by_s, log_p = _terms(
+        y, scales, means, weights, seed, families, quantize_mode, scale_bound, logits
+    )
+    dtype = arithmetic_dtype(y)
+    share = torch.exp(log_w + log_pk - log_p.unsqueeze(1))  # of each component in the likelihood
+    parts = [share * by_d, share * by_s]
+    if weights is not None:
+        parts.append(share - log_w.exp() if logits else torch.exp(log_pk - log_p.unsqueeze(1)))
+    slope = rate_slope(log_p, likelihood_bound, output, dtype).unsqueeze(1)
+    # a likelihood of 0 far below its bound takes all with it, even what is infinite
+    parts = [torch.where((slope == 0) & ~part.isnan(), 0.0, slope * part) for part in parts]
+    if likelihood_bound > 0:
+        parts.append(log_p.unsqueeze(1))
+    return torch.cat(parts, 1).to(dtype).transpose(0, 1).contiguous()
+
+
 def mixture_rate_bwd(
-    grad_y_hat: Tensor | None, grad_rate: Tensor | None, y: Tensor, scales: Tensor, means: Tensor | None,
-    weights: Tensor | None, seed: Tensor | None, families: Sequence[int], quantize_mode: int, scale_bound: float,
-    likelihood_bound: float, logits: bool, output: int,
+    grad_y_hat: Tensor | None, grad_rate: Tensor | None, slopes: Tensor, scales: Tensor, single: bool,
+    quantize_mode: int, scale_bound: float, likelihood_bound: float, output: int,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """The gradients of y, scales, means and weights.
+    """The gradients of y, scales, means and weights (None where `single`) from mixture_rate_slopes; of scales' dtype.
 
     Rounding has the derivative 1 with quantize "ste" and 0 with "dequantize". There y_hat = round(y - mean) + mean
     follows the mean, so that y_hat - mean, and with it the rate, does not depend on the mean; a mixture rounds about
     zero. A scale below scale_bound has a gradient only where that would raise it.
     """
-    _, log_w, log_pk, by_d, by_s, log_p = _terms(
-        y, scales, means, weights, seed, families, quantize_mode, scale_bound, logits
-    )
-    dtype, single = arithmetic_dtype(y), weights is None
-    g = torch.zeros_like(log_p)
+    dtype, like = scales.dtype, slopes[0]
+    k = len(slopes) // (2 if single else 3)  # log p, where it is there, is one more
+    g = torch.zeros_like(like)
     if grad_rate is not None:
-        g = rate_bwd(grad_rate, log_p, likelihood_bound, output, dtype)
-    share = torch.exp(log_w + log_pk - log_p.unsqueeze(1))  # of each component in the likelihood
-    g = g.unsqueeze(1)
-    grad_d = g * share * by_d
-    grad_s = g * share * by_s
-    s = scales.to(dtype).reshape(grad_s.shape)
-    below = s < torch.tensor(scale_bound, dtype=dtype, device=s.device)
+        g = by_element(grad_rate, output, like.dim()).to(like.dtype).expand_as(like)
+    if likelihood_bound > 0:
+        g = torch.where(passes(g, slopes[-1], likelihood_bound, output), g, 0.0)
+    grad_d, grad_s = (g * slopes[i * k : (i + 1) * k] for i in range(2))  # [K, B, C, *]
+    s = scales.to(like.dtype).reshape(scales.shape[0], k, *like.shape[1:]).transpose(0, 1)
+    below = s < torch.tensor(scale_bound, dtype=like.dtype, device=s.device)
     grad_s = torch.where(below & ~(grad_s < 0), 0.0, grad_s)
-    through = 0.0 if grad_y_hat is None or quantize_mode == NONE else grad_y_hat.double()
+    through = torch.zeros_like(like)
+    if grad_y_hat is not None and quantize_mode != NONE:
+        through = grad_y_hat.to(like.dtype)
     if quantize_mode == DEQUANTIZE:
-        grad_y = torch.zeros_like(log_p)
-        grad_m = (grad_y + through).unsqueeze(1) if single else -grad_d
+        grad_y = torch.zeros_like(like)
+        grad_m = through.unsqueeze(0) if single else -grad_d
     else:
-        grad_y, grad_m = grad_d.sum(1) + through, -grad_d
-    if weights is None:
-        grad_w = None
-    elif logits:
-        grad_w = g * (share - log_w.exp())
-    else:
-        grad_w = g * torch.exp(log_pk - log_p.unsqueeze(1))
-    return (
-        grad_y.to(y.dtype),
-        grad_s.reshape(scales.shape).to(scales.dtype),
-        None if means is None else grad_m.reshape(means.shape).to(means.dtype),
-        None if weights is None else grad_w.reshape(weights.shape).to(weights.dtype),
-    )
+        grad_y, grad_m = grad_d.sum(0) + through, -grad_d
+    grad_w = None if single else g * slopes[2 * k : 3 * k]
+    laid = [None if t is None else t.transpose(0, 1).reshape(scales.shape).to(dtype) for t in (grad_s, grad_m, grad_w)]
+    return grad_y.to(dtype), *laid
