@@ -64,10 +64,8 @@ def against_reference(device, backend, args, families, mode, output, bound=0.0, 
     assert torch.equal(y_hat, y_ref)
     close(rate, rate_ref, dtype=torch.float64 if y.dtype is torch.float64 else torch.float32)
     slopes = reference.mixture_rate_slopes(*plain, seed, *rest)
-    grads = reference.mixture_rate_bwd(
-        up[0] if y_hat.numel() else None, up[1], slopes, scales.detach(), weights is None, CODES[mode], scale_bound,
-        bound, OUTPUTS[output],
-    )  # fmt: skip
+    up[0] = up[0] if y_hat.numel() else None
+    grads = reference.mixture_rate_bwd(*up, slopes, y.detach(), len(families), CODES[mode], bound, OUTPUTS[output])
     wide = scales.detach().clamp_min(max(scale_bound, 1e-6))
     least = wide.reshape(y.shape[0], len(families), *y.shape[1:]).amin(1)
     for name, one, exact in zip(
@@ -308,7 +306,7 @@ def test_gradcheck(device, backend, k):
 def test_opcheck_and_compile(device, backend):
     y, s, m, w = inputs(2, (2, 3, 5), device=device)
     seed = torch.tensor([4], device=device)
-    rest = (seed, [0, 1], 1, 0.11, 0.0, False, 0)
+    rest = (seed, [0, 1], 1, 0.11, 0.0, False, 0, True)
     with lic_fast.use_backend(backend):
         torch.library.opcheck(torch.ops.lic_fast.mixture_rate, (y, s, m, w, *rest))
 

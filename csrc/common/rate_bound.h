@@ -48,44 +48,42 @@ struct RateRule {  // made on the host
         bounded(likelihood_bound > 0),
         output(output_) {}
 
-  // The rate of an element: bits, also where the output is their sum, or the likelihood.
-  template <class Math, class V>
-  LIC_FAST_ANYWHERE V rate(V log_p) const {
-    if (output == kLikelihood) {
-      const V p = Math::exp(log_p), least = V{} + floor;
-      return choose(less(p, least), least, p);
-    }
-    const V least = V{} + log_bound;
+  // The rate of an element with the likelihood p: bits, also where the output is their sum, or the likelihood.
+  template <class V>
+  LIC_FAST_ANYWHERE V rate(V log_p, V p) const {
+    const V least = V{} + (output == kLikelihood ? floor : log_bound);
+    if (output == kLikelihood) return choose(less(p, least), least, p);
     const V held = bounded ? choose(less(log_p, least), least, log_p) : log_p;
     return held * static_cast<T>(-1.0 / kLn2);
+  }
+  template <class Math, class V>
+  LIC_FAST_ANYWHERE V rate(V log_p) const {
+    return rate(log_p, output == kLikelihood ? Math::exp(log_p) : V{});
   }
 
   // The derivative of rate() by log_p where a gradient passes; below a positive bound that at the bound times the
   // small likelihood.
-  template <class Math, class V>
-  LIC_FAST_ANYWHERE V slope(V log_p) const {
-    const V none = V{};
-    if (output == kLikelihood) {
-      const V p = Math::exp(log_p), least = none + floor;
-      return bounded ? p : choose(less(p, least), least, p);
-    }
-    const V nats = none + static_cast<T>(-1.0 / kLn2), over = log_p - log_bound;
-    return bounded ? nats * Math::exp(choose(less(none, over), none, over)) : nats;
+  template <class V>
+  LIC_FAST_ANYWHERE V slope(V p) const {
+    const V none = V{}, least = none + floor;
+    if (output == kLikelihood) return bounded ? p : choose(less(p, least), least, p);
+    const V nats = none + static_cast<T>(-1.0 / kLn2), small = p * static_cast<T>(-1.0 / kLn2 / floor);
+    return bounded ? choose(less(p, least), small, nats) : nats;
   }
 
-  // The gradient of rate(), or 0 where it does not pass: below a positive bound CompressAI's one-sided rule.
-  template <class V>
-  LIC_FAST_ANYWHERE V passing(V grad, V log_p) const {
-    if (!bounded) return grad;
-    const V none = V{}, edge = none + log_bound;
+  // The gradient of rate(), or 0 where it does not pass: `below` a positive bound CompressAI's one-sided rule.
+  template <class C, class V>
+  LIC_FAST_ANYWHERE V passing(V grad, C below) const {
+    const V none = V{};
     const auto raises = output == kLikelihood ? less(grad, none) : less(none, grad);
-    return choose(less(log_p, edge), choose(raises, grad, none), grad);
+    return choose(below, choose(raises, grad, none), grad);
   }
 
   // The gradient with respect to log_p from that of rate().
   template <class Math, class V>
   LIC_FAST_ANYWHERE V upstream(V grad, V log_p) const {
-    return passing(grad, log_p) * slope<Math>(log_p);
+    if (bounded) grad = passing(grad, less(log_p, V{} + log_bound));
+    return grad * slope(bounded || output == kLikelihood ? Math::exp(log_p) : log_p);
   }
 
   T log_bound, floor;

@@ -2,7 +2,7 @@
 //
 // Evaluating a density costs more here than memory does: where gradients will be asked for, the forward pass leaves the
 // derivatives (mixture_rate.h), and backward only multiplies them. One component, fp32, noise: forward reads y, scales
-// and means, writes y_hat, the rate and two slopes (4 bytes each); backward reads the slopes, the scales and the two
+// and means, writes y_hat, the rate and two slopes (4 bytes each); backward reads the slopes and the two
 // upstream gradients and writes three gradients. Work is cut into stretches of one sample, whatever the number of
 // threads; sums per channel are fp64 over a stretch in the order of its elements, then over the stretches in theirs.
 // Formulas: common/likelihood.h. Takes fp32 and bf16 (arithmetic in fp32, by vectors) and fp64 (by libm); samples dense
@@ -16,6 +16,7 @@ namespace lic_fast {
 namespace {
 
 constexpr int64_t kStretch = 1 << 12;
+constexpr int64_t kStreamed = 1 << 19;  // elements: with a few planes of 4 bytes each more than caches hold
 
 template <class Isa>
 LIC_FAST_INLINE void forward_stretch_body(const MixtureJob& job, const Stretch& at) {
@@ -116,13 +117,20 @@ void add_pieces(const std::vector<double>& sums, int64_t pieces, void* rate) {
   }
 }
 
+// Whether results of y's size are too large for the caches, and lie so that every vector of them can go past these.
+bool streams(int64_t elements, int64_t sample, std::initializer_list<Tensor> results) {
+  bool aligned = sample % 16 == 0 && elements >= kStreamed;
+  for (const Tensor& result : results) {
+    aligned = aligned && reinterpret_cast<uintptr_t>(result.numel() ? result.const_data_ptr() : nullptr) % 64 == 0;
+  }
+  return aligned;
+}
+
 void forward(const MixtureJob& job, const Cut& cut) {
   over_stretches(job, cut, [&](const Stretch& at) { job.slopes ? slopes_stretch(job, at) : forward_stretch(job, at); });
 }
 
-int64_t planes(const MixtureJob& job) {
-  return (job.weights.data ? 3 : 2) * job.components + (job.likelihood_bound > 0);
-}
+int64_t planes(const MixtureJob& job) { return (job.weights.data ? 3 : 2) * job.components; }
 
 void mixture_rate_out(Tensor y, Tensor scales, std::optional<Tensor> means, std::optional<Tensor> weights,
                       std::optional<Tensor> seed, std::vector<int64_t> families, int64_t quantize, double scale_bound,
@@ -135,6 +143,7 @@ void mixture_rate_out(Tensor y, Tensor scales, std::optional<Tensor> means, std:
   STD_TORCH_CHECK(slopes.numel() == 0 || slopes.numel() == planes(job) * y.numel(), "mixture_rate: the slopes' size");
   job.y_hat = room(y_hat);
   job.slopes = room(slopes);
+  job.streams = streams(y.numel(), job.sample, {slopes});
   const Cut cut(job);
   std::vector<double> sums;
   if (output == kBitsPerChannel) {
@@ -173,16 +182,16 @@ void mixture_rate_bwd_out(std::optional<Tensor> grad_y_hat, std::optional<Tensor
     return Upstream{data(grad), grad && n == 1 && all != 1};
   };
   GradientJob job{};
-  job.scales = whole.scales;
   job.slopes = slopes.const_data_ptr();
   job.batch = whole.batch, job.sample = whole.sample, job.inner = whole.inner, job.components = whole.components;
   job.type = whole.type, job.quantize = whole.quantize, job.output = whole.output;
   job.mixed = whole.weights.data != nullptr;
-  job.scale_bound = scale_bound, job.likelihood_bound = likelihood_bound;
+  job.likelihood_bound = likelihood_bound;
   if (quantize != kNotQuantized) job.grad_y_hat = upstream(grad_y_hat, y.numel());
   job.grad_rate = upstream(grad_rate, output == kBitsPerChannel ? job.batch * y.size(1) : y.numel());
   job.grad_y = room(grad_y), job.grad_scales = room(grad_scales);
   job.grad_means = room(grad_means), job.grad_weights = room(grad_weights);
+  job.streams = streams(y.numel(), job.sample, {grad_y, grad_scales, grad_means, grad_weights});
   over_stretches(job, Cut(job), [&](const Stretch& at) { backward_stretch(job, at); });
 }
 

@@ -30,6 +30,7 @@ struct MixtureJob {
   void* rate;
   void* slopes;
   double* sums;  // of bits: one a row, or a piece of a row
+  bool streams;  // the slopes go past the caches
 
   int64_t plane() const { return batch * sample; }
 };
@@ -64,23 +65,28 @@ struct Settings {
 template <class M>
 struct Parts {
   using S = typename M::Scalar;
-  alignas(64) S exponent[kMostComponents][kBlock], factor[kMostComponents][kBlock];
-  alignas(64) S by_d[kMostComponents][kBlock], by_s[kMostComponents][kBlock];
+  struct Part {
+    alignas(64) S exponent[kBlock], factor[kBlock], decay[kBlock], by_d[kBlock], by_s[kBlock];
+  };
+  Part at[kMostComponents];
 };
 
 template <class M, class T, bool kGradients, int32_t kFamily>
 LIC_FAST_INLINE void component_block(const Settings<M>& set, const T* means, const T* scales,
-                                     const typename M::Scalar* y_hat, int64_t n, int64_t k, Parts<M>& parts) {
+                                     const typename M::Scalar* y_hat, int64_t n, typename Parts<M>::Part& to) {
   using V = typename M::Value;
   for (int64_t j = 0; j < n; j += M::kLanes) {
+    __builtin_prefetch(means + j + kBlock);
+    __builtin_prefetch(scales + j + kBlock);
     const V d = M::load(y_hat + j) - load_part<M>(means + j, n - j);
-    const V s = bounded_scale<M>(load_part<M>(scales + j, n - j), set.scale_bound);
-    const Density<M> part = density<M, kGradients>(kFamily, M::abs(d), s);
-    M::store(parts.exponent[k] + j, part.exponent);
-    M::store(parts.factor[k] + j, part.factor);
+    const V scale = load_part<M>(scales + j, n - j);
+    const Density<M> part = density<M, kGradients>(kFamily, M::abs(d), bounded_scale<M>(scale, set.scale_bound));
+    M::store(to.exponent + j, part.exponent);
+    M::store(to.factor + j, part.factor);
+    M::store(to.decay + j, part.decay);
     if constexpr (kGradients) {
-      M::store(parts.by_d[k] + j, M::select(d < 0, -part.by_d, part.by_d));
-      M::store(parts.by_s[k] + j, part.by_s);
+      M::store(to.by_d + j, M::flipped(part.by_d, d));
+      M::store(to.by_s + j, M::noted(part.by_s, M::less(scale, set.scale_bound)));
     }
   }
 }
@@ -91,9 +97,9 @@ LIC_FAST_INLINE void components_of_block(const MixtureJob& job, const Settings<M
   for (int64_t k = 0; k < job.components; ++k) {
     const T *means = from.means + k * job.sample + i, *scales = from.scales + k * job.sample + i;
     switch (job.families[k]) {
-      case kGaussian: component_block<M, T, kGradients, kGaussian>(set, means, scales, y_hat, n, k, parts); break;
-      case kLogistic: component_block<M, T, kGradients, kLogistic>(set, means, scales, y_hat, n, k, parts); break;
-      default: component_block<M, T, kGradients, kLaplace>(set, means, scales, y_hat, n, k, parts);
+      case kGaussian: component_block<M, T, kGradients, kGaussian>(set, means, scales, y_hat, n, parts.at[k]); break;
+      case kLogistic: component_block<M, T, kGradients, kLogistic>(set, means, scales, y_hat, n, parts.at[k]); break;
+      default: component_block<M, T, kGradients, kLaplace>(set, means, scales, y_hat, n, parts.at[k]);
     }
   }
 }
@@ -155,65 +161,84 @@ struct Rooms {
   S *rate, *slopes;
 };
 
-// Slopes of element i and its neighbours, `left` of them. A likelihood of 0 takes all with it, even what is infinite.
+// Slopes of element i and its neighbours, `left` of them, whose likelihoods are p.
 template <class M>
 struct SlopesAt {
   using V = typename M::Value;
+  LIC_FAST_INLINE SlopesAt(const MixtureJob& job, const Settings<M>& set, typename M::Scalar* slopes, int64_t i,
+                           int64_t left_, V p)
+      : planes(slopes + i),
+        plane(job.plane()),
+        left(left_),
+        streams(job.streams),
+        bounded(set.rule.bounded),
+        slope(set.rule.slope(p)),
+        below(M::less(p, bounded ? set.rule.floor : -1)) {}
+  LIC_FAST_INLINE void put(int64_t place, V value) const {
+    stream_part<M>(planes + place * plane, value, left, streams);
+  }
+  // A likelihood of 0 far below its bound takes all with it, even what is infinite.
+  LIC_FAST_INLINE V held(V value) const { return bounded ? M::select(M::equal(slope, 0), V{}, value) : value; }
+
   typename M::Scalar* planes;
   int64_t plane, left;
+  bool streams, bounded;
   V slope;
-  bool bounded;
+  typename M::Mask below;
+};
 
-  LIC_FAST_INLINE void put(int64_t place, V value) const {
-    if (bounded) value = M::select(slope == 0, V{}, value);
-    store_part<M>(planes + place * plane, value, left);
-  }
+template <class M>
+struct Likelihood {
+  typename M::Value log_p, p;
 };
 
 template <class M, class T, bool kSlopes, int32_t kFamily>
-LIC_FAST_INLINE typename M::Value alone_at(const MixtureJob& job, const Settings<M>& set, const Sample<T>& from,
-                                           typename M::Scalar* slopes, typename M::Value d, int64_t i, int64_t left) {
+LIC_FAST_INLINE Likelihood<M> alone_at(const MixtureJob& job, const Settings<M>& set, const Sample<T>& from,
+                                       typename M::Scalar* slopes, typename M::Value d, int64_t i, int64_t left) {
   using V = typename M::Value;
-  const V s = bounded_scale<M>(load_part<M>(from.scales + i, left), set.scale_bound);
-  const Density<M> part = density<M, kSlopes>(kFamily, M::abs(d), s);
-  const V log_p = log_of<M>(kFamily, part);
+  __builtin_prefetch(from.scales + i + kBlock);
+  const V scale = load_part<M>(from.scales + i, left);
+  const Density<M> part = density<M, kSlopes>(kFamily, M::abs(d), bounded_scale<M>(scale, set.scale_bound));
+  const Likelihood<M> result{log_of<M>(kFamily, part), part.decay * part.factor};
   if constexpr (kSlopes) {
-    const V slope = set.rule.template slope<M>(log_p);
-    const SlopesAt<M> at{slopes + i, job.plane(), left, slope, set.rule.bounded};
-    at.put(0, slope * M::flipped(part.by_d, d));
-    at.put(1, slope * part.by_s);
-    if (at.bounded) store_part<M>(at.planes + 2 * at.plane, log_p, left);
+    const SlopesAt<M> at(job, set, slopes, i, left, result.p);
+    const V scaled = at.slope / part.factor;
+    at.put(0, M::noted(at.held(scaled * M::flipped(part.by_d, d)), at.below));
+    at.put(1, M::noted(at.held(scaled * part.by_s), M::less(scale, set.scale_bound)));
   }
-  return log_p;
+  return result;
 }
 
 // kCount: how many components, where that is known; else 0.
 template <class M, class T, bool kSlopes, int64_t kCount>
-LIC_FAST_INLINE typename M::Value mixed_at(const MixtureJob& job, const Settings<M>& set, const Sample<T>& from,
-                                           const Parts<M>& parts, typename M::Scalar* slopes, int64_t i, int64_t j,
-                                           int64_t left) {
+LIC_FAST_INLINE Likelihood<M> mixed_at(const MixtureJob& job, const Settings<M>& set, const Sample<T>& from,
+                                       const Parts<M>& parts, typename M::Scalar* slopes, int64_t i, int64_t j,
+                                       int64_t left) {
   using V = typename M::Value;
   const int64_t count = kCount > 0 ? kCount : job.components;
   Mixed<M, kCount ? kCount : kMostComponents> mixed;
-  const auto component = [&](int64_t k, V& weight, V& exponent, V& factor) __attribute__((always_inline)) {
-    weight = load_part<M>(from.weights + k * job.sample + i, left);
-    exponent = M::load(parts.exponent[k] + j);
-    factor = M::load(parts.factor[k] + j);
+  const auto weight = [&](int64_t k) __attribute__((always_inline)) {
+    __builtin_prefetch(from.weights + k * job.sample + i + kBlock);
+    return load_part<M>(from.weights + k * job.sample + i, left);
   };
-  mix<M>(count, job.logits, component, mixed);
+  const auto component = [&](int64_t k) __attribute__((always_inline)) {
+    const auto& part = parts.at[k];
+    return Density<M>{M::load(part.exponent + j), M::load(part.factor + j), M::load(part.decay + j), V{}, V{}};
+  };
+  mix<M>(count, job.logits, weight, component, mixed);
   if constexpr (kSlopes) {
-    const V slope = set.rule.template slope<M>(mixed.log_p), scaled = slope / mixed.sum;
-    const SlopesAt<M> at{slopes + i, job.plane(), left, slope, set.rule.bounded};
+    const SlopesAt<M> at(job, set, slopes, i, left, mixed.p);
+    const V scaled = at.slope / mixed.sum;
     for (int64_t k = 0; k < count; ++k) {
       V own, by_weight;
-      share<M>(mixed, k, job.logits, slope, scaled, own, by_weight);
-      at.put(k, own * M::load(parts.by_d[k] + j));
-      at.put(count + k, own * M::load(parts.by_s[k] + j));
-      at.put(2 * count + k, by_weight);
+      share<M>(mixed, k, job.logits, at.slope, scaled, own, by_weight);
+      const V by_d = at.held(own * M::load(parts.at[k].by_d + j)), by_s = M::load(parts.at[k].by_s + j);
+      at.put(k, k == 0 ? M::noted(by_d, at.below) : by_d);
+      at.put(count + k, M::noted(at.held(own * by_s), M::note(by_s)));
+      at.put(2 * count + k, at.held(by_weight));
     }
-    if (at.bounded) store_part<M>(at.planes + 3 * count * at.plane, mixed.log_p, left);
   }
-  return mixed.log_p;
+  return {mixed.log_p, mixed.p};
 }
 
 // kFamily: that of the only component, or -1 for a mixture.
@@ -238,17 +263,20 @@ LIC_FAST_INLINE void forward(const MixtureJob& job, const Stretch& at) {
     }
     for (int64_t j = 0; j < n; j += M::kLanes) {
       const int64_t i = block + j, left = n - j;
+      if (centred) __builtin_prefetch(from.means + i + kBlock);
+      __builtin_prefetch(from.y + i + kBlock);
       const V mean = centred ? load_part<M>(from.means + i, left) : V{};
-      V y_hat, log_p;
+      V y_hat;
+      Likelihood<M> one;
       if constexpr (kMixed) {
         y_hat = M::load(y_hats + j);
-        log_p = mixed_at<M, T, kSlopes, kCount>(job, set, from, parts[0], to.slopes, i, j, left);
+        one = mixed_at<M, T, kSlopes, kCount>(job, set, from, parts[0], to.slopes, i, j, left);
       } else {
         y_hat = quantized<S>(load_part<M>(from.y + i, left), mean, M::load(noise + j), job.quantize, centred);
-        log_p = alone_at<M, T, kSlopes, kFamily>(job, set, from, to.slopes, y_hat - mean, i, left);
+        one = alone_at<M, T, kSlopes, kFamily>(job, set, from, to.slopes, y_hat - mean, i, left);
       }
       if (to.y_hat) store_part<M>(to.y_hat + i, y_hat, left);
-      const V rate = set.rule.template rate<M>(log_p);
+      const V rate = set.rule.rate(one.log_p, one.p);
       if (to.rate) {
         store_part<M>(to.rate + i, rate, left);
       } else {
@@ -257,6 +285,7 @@ LIC_FAST_INLINE void forward(const MixtureJob& job, const Stretch& at) {
     }
     if (job.sums) add_to_rows<M>(job, at, block, n, bits);
   }
+  if (job.streams) M::fence();
 }
 
 template <class M, class T, bool kSlopes>

@@ -16,12 +16,11 @@ struct Upstream {
 };
 
 struct GradientJob {
-  Input scales;
   const void* slopes;
   int64_t batch, sample, inner, components;
   int32_t type, quantize, output;
-  bool mixed;
-  double scale_bound, likelihood_bound;
+  bool mixed, streams;  // streams: the gradients go past the caches
+  double likelihood_bound;
   Upstream grad_y_hat, grad_rate;
   void *grad_y, *grad_scales, *grad_means, *grad_weights;  // null where not asked for
 };
@@ -49,12 +48,13 @@ LIC_FAST_INLINE void upstream_block(const GradientJob& job, int64_t b, int64_t i
   } else {
     std::fill_n(grad, n, data ? *data : S(0));
   }
-  const RateRule<S> rule(job.likelihood_bound, job.output);
-  if (!rule.bounded) return;
-  const int64_t last = (job.mixed ? 3 : 2) * job.components;
-  const S* log_p = static_cast<const S*>(job.slopes) + last * job.batch * job.sample + place;
+  if (job.likelihood_bound <= 0) return;
+  const S* noted = static_cast<const S*>(job.slopes) + place;
+  const auto none = typename M::Value{};
   for (int64_t j = 0; j < n; j += M::kLanes) {
-    M::store(grad + j, rule.passing(M::load(grad + j), load_part<M>(log_p + j, n - j)));
+    const auto g = M::load(grad + j), raised = job.output == kLikelihood ? -g : g;
+    const auto stopped = M::both(M::note(load_part<M>(noted + j, n - j)), M::no(M::less(none, raised)));
+    M::store(grad + j, M::select(stopped, none, g));
   }
 }
 
@@ -73,21 +73,23 @@ LIC_FAST_INLINE void component_gradients(const GradientJob& job, int64_t b, int6
   const int64_t out = (b * job.components + k) * job.sample + i;
   const S* by_d = static_cast<const S*>(job.slopes) + k * plane + place;
   const S *by_scale = by_d + job.components * plane, *by_weight = by_scale + job.components * plane;
-  const T* scales = static_cast<const T*>(job.scales.data) + b * job.scales.stride + k * job.sample + i;
   const bool means = job.mixed || job.quantize != kDequantize;
   T *to_scales = at_place<T>(job.grad_scales, out), *to_weights = at_place<T>(job.grad_weights, out);
   T* to_means = means ? at_place<T>(job.grad_means, out) : nullptr;
-  const S bound = static_cast<S>(job.scale_bound);
   for (int64_t j = 0; j < n; j += M::kLanes) {
     const int64_t left = n - j;
+    __builtin_prefetch(by_d + j + kBlock);
+    __builtin_prefetch(by_scale + j + kBlock);
+    if (to_weights) __builtin_prefetch(by_weight + j + kBlock);
     const V g = M::load(grad + j), grad_d = g * load_part<M>(by_d + j, left);
     M::store(by_y + j, k == 0 ? grad_d : M::load(by_y + j) + grad_d);
-    if (to_means) store_part<M>(to_means + j, -grad_d, left);
+    if (to_means) stream_part<M>(to_means + j, -grad_d, left, job.streams);
     if (to_scales) {
-      const V grad_s = g * load_part<M>(by_scale + j, left);
-      store_part<M>(to_scales + j, through_bound<M>(grad_s, load_part<M>(scales + j, left), bound), left);
+      const V slope = load_part<M>(by_scale + j, left), grad_s = g * slope;
+      const auto stopped = M::both(M::note(slope), M::no(M::less(grad_s, V{})));
+      stream_part<M>(to_scales + j, M::select(stopped, V{}, grad_s), left, job.streams);
     }
-    if (to_weights) store_part<M>(to_weights + j, g * load_part<M>(by_weight + j, left), left);
+    if (to_weights) stream_part<M>(to_weights + j, g * load_part<M>(by_weight + j, left), left, job.streams);
   }
 }
 
@@ -108,10 +110,11 @@ LIC_FAST_INLINE void backward(const GradientJob& job, const Stretch& at) {
       const int64_t left = n - j;
       V through = V{};
       if (incoming) through = one ? M::all(convert<S>(*incoming)) : load_part<M>(incoming + place + j, left);
-      if (to_means) store_part<M>(to_means + j, through, left);
-      if (to_y) store_part<M>(to_y + j, follows ? V{} : M::load(by_y + j) + through, left);
+      if (to_means) stream_part<M>(to_means + j, through, left, job.streams);
+      if (to_y) stream_part<M>(to_y + j, follows ? V{} : M::load(by_y + j) + through, left, job.streams);
     }
   }
+  if (job.streams) M::fence();
 }
 
 template <class Isa>

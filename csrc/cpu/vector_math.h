@@ -74,21 +74,17 @@ LIC_FAST_LANES(Avx512, 64, a* b + c, (a & 0xFFFFFFFFu) * b, LIC_FAST_LIST(0, 8, 
 #undef LIC_FAST_LIST
 #undef LIC_FAST_LANES
 
+// Comparisons of vectors, false where one is NaN, and choices by them. Masks are vectors of 0 and -1.
+//
+// g++ 12 would fold nested choices, and "and" of comparisons, into operations that it then takes apart lane by lane
+// (the masks' type was chosen before it knew the instruction set). The empty statements keep it from looking across.
 template <class Isa>
-struct VectorMath {
-  static constexpr int64_t kLanes = kVectorBytes<Isa> / 4;
-  using Scalar = float;
-  typedef float Value __attribute__((vector_size(kVectorBytes<Isa>)));
-  typedef int32_t Mask __attribute__((vector_size(kVectorBytes<Isa>)));  // lanes 0 or -1
-  using Bits = typename Lanes<Isa>::Bits;
-  using Half = typename Lanes<Isa>::Half;
-
-  static LIC_FAST_INLINE Value all(float value) { return Value{} + value; }
-  // a * b + c, rounded once where the instruction set can. Never for noise or quantised values.
-  static LIC_FAST_INLINE Value fused(Value a, Value b, Value c) { return Lanes<Isa>::fused(a, b, c); }
-  // g++ 12 would fold nested selections, and "and" of comparisons, into operations on masks of a kind that it then
-  // takes apart lane by lane on AVX-512 (the masks' type was chosen before it knew the instruction set). The empty
-  // statements keep it from looking across: no instruction in select, a move in `both`.
+struct Masks {
+  using Value = typename Lanes<Isa>::Floats;
+  using Mask = typename Lanes<Isa>::Integers;
+  static LIC_FAST_INLINE Mask less(Value a, Value b) { return a < b; }
+  static LIC_FAST_INLINE Mask no_less(Value a, Value b) { return a >= b; }
+  static LIC_FAST_INLINE Mask equal(Value a, Value b) { return a == b; }
   static LIC_FAST_INLINE Value select(Mask mask, Value a, Value b) {
     Value result = mask ? a : b;
     asm("" : "+" LIC_FAST_VECTOR_REGISTER(result));
@@ -98,6 +94,7 @@ struct VectorMath {
     asm("" : "+" LIC_FAST_VECTOR_REGISTER(a));
     return a & b;
   }
+  static LIC_FAST_INLINE Mask no(Mask mask) { return ~mask; }
   static LIC_FAST_INLINE bool any(Mask mask) {
     typedef int64_t Pair __attribute__((vector_size(16)));
     Pair pairs[kVectorBytes<Isa> / 16];
@@ -106,19 +103,61 @@ struct VectorMath {
     for (int64_t i = 1; i < kVectorBytes<Isa> / 16; ++i) result |= pairs[i];
     return (result[0] | result[1]) != 0;
   }
+};
+#if defined(__x86_64__)
+template <>
+struct Masks<Avx512> {  // a bit a lane, which is what the instructions take
+  using Value = Lanes<Avx512>::Floats;
+  using Mask = uint16_t;
+  static LIC_FAST_INLINE Mask less(Value a, Value b) { return __builtin_ia32_cmpps512_mask(a, b, 17, -1, 4); }
+  static LIC_FAST_INLINE Mask no_less(Value a, Value b) { return __builtin_ia32_cmpps512_mask(a, b, 29, -1, 4); }
+  static LIC_FAST_INLINE Mask equal(Value a, Value b) { return __builtin_ia32_cmpps512_mask(a, b, 0, -1, 4); }
+  static LIC_FAST_INLINE Value select(Mask mask, Value a, Value b) {
+    return Value(__builtin_ia32_blendmps_512_mask(b, a, mask));
+  }
+  static LIC_FAST_INLINE Mask both(Mask a, Mask b) { return a & b; }
+  static LIC_FAST_INLINE Mask no(Mask mask) { return ~mask; }
+  static LIC_FAST_INLINE bool any(Mask mask) { return mask != 0; }
+};
+#endif
+
+template <class Isa>
+struct VectorMath {
+  static constexpr int64_t kLanes = kVectorBytes<Isa> / 4;
+  using Scalar = float;
+  using Value = typename Lanes<Isa>::Floats;
+  using Integers = typename Lanes<Isa>::Integers;
+  using Mask = typename Masks<Isa>::Mask;
+  using Bits = typename Lanes<Isa>::Bits;
+  using Half = typename Lanes<Isa>::Half;
+
+  static LIC_FAST_INLINE Value all(float value) { return Value{} + value; }
+  // a * b + c, rounded once where the instruction set can. Never for noise or quantised values.
+  static LIC_FAST_INLINE Value fused(Value a, Value b, Value c) { return Lanes<Isa>::fused(a, b, c); }
+  static LIC_FAST_INLINE Mask less(Value a, Value b) { return Masks<Isa>::less(a, b); }
+  static LIC_FAST_INLINE Mask no_less(Value a, Value b) { return Masks<Isa>::no_less(a, b); }
+  static LIC_FAST_INLINE Mask equal(Value a, Value b) { return Masks<Isa>::equal(a, b); }
+  static LIC_FAST_INLINE Mask less(Value a, float b) { return less(a, all(b)); }
+  static LIC_FAST_INLINE Mask no_less(Value a, float b) { return no_less(a, all(b)); }
+  static LIC_FAST_INLINE Mask equal(Value a, float b) { return equal(a, all(b)); }
+  static LIC_FAST_INLINE Value select(Mask mask, Value a, Value b) { return Masks<Isa>::select(mask, a, b); }
+  static LIC_FAST_INLINE Mask both(Mask a, Mask b) { return Masks<Isa>::both(a, b); }
+  static LIC_FAST_INLINE Mask no(Mask mask) { return Masks<Isa>::no(mask); }
+  static LIC_FAST_INLINE bool any(Mask mask) { return Masks<Isa>::any(mask); }
   static LIC_FAST_INLINE Value abs(Value x) { return Value(Bits(x) & 0x7FFFFFFFu); }
   static LIC_FAST_INLINE Value with_sign_of(Value x, Value sign) {  // x >= 0
     return Value(Bits(x) | (Bits(sign) & 0x80000000u));
   }
   static LIC_FAST_INLINE Value flipped(Value x, Value sign) { return Value(Bits(x) ^ (Bits(sign) & 0x80000000u)); }
+  // The last bit of a number taken for a note: whether the mask was set.
+  static LIC_FAST_INLINE Value noted(Value x, Mask mask) {
+    return select(mask, Value(Bits(x) | 1u), Value(Bits(x) & ~1u));
+  }
+  static LIC_FAST_INLINE Mask note(Value x) { return less(Value{}, Value((Bits(x) & 1u) << 23)); }
   // The lesser and the greater of two; a NaN in x stays.
-  static LIC_FAST_INLINE Value at_most(Value x, float limit) {
-    return ::lic_fast::at_most<typename Lanes<Isa>::Floats>(x, all(limit));
-  }
-  static LIC_FAST_INLINE Value at_least(Value x, float limit) {
-    return ::lic_fast::at_least<typename Lanes<Isa>::Floats>(x, all(limit));
-  }
-  static LIC_FAST_INLINE Value greater(Value x, Value y) { return select(x < y, y, x); }
+  static LIC_FAST_INLINE Value at_most(Value x, float limit) { return ::lic_fast::at_most(x, all(limit)); }
+  static LIC_FAST_INLINE Value at_least(Value x, float limit) { return ::lic_fast::at_least(x, all(limit)); }
+  static LIC_FAST_INLINE Value greater(Value x, Value y) { return select(less(x, y), y, x); }
   static LIC_FAST_INLINE Value reciprocal(Value x) { return 1.0f / x; }
 
   static LIC_FAST_INLINE Value load(const float* from) {
@@ -132,6 +171,26 @@ struct VectorMath {
     return Value(Lanes<Isa>::widen(half) << 16);
   }
   static LIC_FAST_INLINE void store(float* to, Value x) { std::memcpy(to, &x, sizeof x); }
+  // Past the caches, for large results; `to` lies at a multiple of a vector. Before another thread reads: fence().
+  static LIC_FAST_INLINE void stream(float* to, Value x) {
+#if defined(__x86_64__)
+    if constexpr (sizeof x == 64) {
+      __builtin_ia32_movntps512(to, x);
+    } else if constexpr (sizeof x == 32) {
+      __builtin_ia32_movntps256(to, x);
+    } else {
+      __builtin_ia32_movntps(to, x);
+    }
+#else
+    store(to, x);
+#endif
+  }
+  static LIC_FAST_INLINE void stream(BFloat16* to, Value x) { store(to, x); }
+  static LIC_FAST_INLINE void fence() {
+#if defined(__x86_64__)
+    __builtin_ia32_sfence();
+#endif
+  }
   static LIC_FAST_INLINE void store(BFloat16* to, Value x) {  // round to nearest even; NaN stays NaN
     const Bits bits = Bits(x);
     const Bits rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
@@ -155,20 +214,20 @@ struct VectorMath {
   static LIC_FAST_INLINE Value exp(Value x) {
     Bits power;
     const Value part = reduced_expm1(at_most(at_least(x, kLeastExponent), kLargestExponent), power) + 1.0f;
-    const Value result = select(x < kLeastExponent, Value{}, Value(Bits(part) + power));
-    return select(x > kLargestExponent, all(HUGE_VALF), result);
+    const Value result = select(less(x, kLeastExponent), Value{}, Value(Bits(part) + power));
+    return select(less(all(kLargestExponent), x), all(HUGE_VALF), result);
   }
-  // exp for x <= 80; below -80 it gives 0, so that products with the result are normal numbers.
+  // exp for x <= 80; below -87, where results are no normal numbers, it gives 0.
   static LIC_FAST_INLINE Value exp_negative(Value x) {
     Bits power;
-    const Value part = reduced_expm1(at_least(x, -80.0f), power) + 1.0f;
-    return select(x < -80.0f, Value{}, Value(Bits(part) + power));
+    const Value part = reduced_expm1(at_least(x, -87.0f), power) + 1.0f;
+    return select(less(x, -87.0f), Value{}, Value(Bits(part) + power));
   }
   static LIC_FAST_INLINE Value expm1(Value x) {
     Bits power;
     const Value part = reduced_expm1(at_most(at_least(x, -40.0f), 88.0f), power);
     const Value scale = Value(Bits(all(1.0f)) + power);
-    return select(x > 88.0f, exp(x), fused(part, scale, scale - 1.0f));
+    return select(less(all(88.0f), x), exp(x), fused(part, scale, scale - 1.0f));
   }
   // The same for x <= 0, where nothing overflows.
   static LIC_FAST_INLINE Value expm1_negative(Value x) {
@@ -180,9 +239,9 @@ struct VectorMath {
 
   // log of a positive normal number: x = 2^n (1 + f), 1 + f in [sqrt(1/2), sqrt(2)).
   static LIC_FAST_INLINE Value log_normal(Value x) {
-    const Mask offset = Mask(x) - 0x3F3504F3;
-    const Mask n = offset >> 23;
-    const Value f = Value(Mask(x) - (n << 23)) - 1.0f;
+    const Integers offset = Integers(x) - 0x3F3504F3;
+    const Integers n = offset >> 23;
+    const Value f = Value(Integers(x) - (n << 23)) - 1.0f;
     const Value square = f * f;
     const Value tail = polynomial<VectorMath>(f, 0.333338588f, -0.250017464f, 0.199653983f, -0.165656343f, 0.14876963f,
                                               -0.143502012f, 0.0891786367f);
@@ -191,15 +250,15 @@ struct VectorMath {
     return fused(power, all(0.693359375f), small + f);
   }
   static LIC_FAST_INLINE Value log(Value x) {
-    const Mask small = x < 1.17549435e-38f;
+    const Mask small = less(x, 1.17549435e-38f), positive = less(Value{}, x);
     const Value result = log_normal(select(small, x * 8388608.0f, x)) - select(small, all(15.9423847f), Value{});
-    const Value special = select(x == 0.0f, all(-HUGE_VALF), select(x > 0.0f, x, all(NAN)));  // inf stays
-    return select(both(x > 0.0f, x < HUGE_VALF), result, special);
+    const Value special = select(equal(x, 0.0f), all(-HUGE_VALF), select(positive, x, all(NAN)));  // inf stays
+    return select(both(positive, less(x, HUGE_VALF)), result, special);
   }
   static LIC_FAST_INLINE Value log1p(Value x) {
     const Value sum = x + 1.0f;
     const Value lost = (x - (sum - 1.0f)) / sum;
-    return select(abs(x) < HUGE_VALF, log(sum) + select(sum > 0.0f, lost, Value{}), log(sum));
+    return select(less(abs(x), HUGE_VALF), log(sum) + select(less(Value{}, sum), lost, Value{}), log(sum));
   }
   static LIC_FAST_INLINE Value tanh(Value x) {
     const Value fall = expm1_negative(abs(x) * -2.0f);
@@ -216,10 +275,26 @@ struct ScalarMath {
   static LIC_FAST_INLINE double all(double value) { return value; }
   static LIC_FAST_INLINE double fused(double a, double b, double c) { return a * b + c; }
   static LIC_FAST_INLINE double select(bool mask, double a, double b) { return mask ? a : b; }
+  static LIC_FAST_INLINE bool less(double a, double b) { return a < b; }
+  static LIC_FAST_INLINE bool no_less(double a, double b) { return a >= b; }
+  static LIC_FAST_INLINE bool equal(double a, double b) { return a == b; }
   static LIC_FAST_INLINE bool both(bool a, bool b) { return a && b; }
+  static LIC_FAST_INLINE bool no(bool mask) { return !mask; }
   static LIC_FAST_INLINE bool any(bool mask) { return mask; }
   static LIC_FAST_INLINE double abs(double x) { return std::fabs(x); }
   static LIC_FAST_INLINE double with_sign_of(double x, double sign) { return std::copysign(x, sign); }
+  static LIC_FAST_INLINE double noted(double x, bool mask) {
+    uint64_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    bits = (bits & ~uint64_t{1}) | mask;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+  }
+  static LIC_FAST_INLINE bool note(double x) {
+    uint64_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return bits & 1;
+  }
   static LIC_FAST_INLINE double flipped(double x, double sign) { return std::signbit(sign) ? -x : x; }
   static LIC_FAST_INLINE double at_most(double x, double limit) { return x > limit ? limit : x; }
   static LIC_FAST_INLINE double at_least(double x, double limit) { return x < limit ? limit : x; }
@@ -227,6 +302,8 @@ struct ScalarMath {
   static LIC_FAST_INLINE double reciprocal(double x) { return 1.0 / x; }
   static LIC_FAST_INLINE double load(const double* from) { return *from; }
   static LIC_FAST_INLINE void store(double* to, double x) { *to = x; }
+  static LIC_FAST_INLINE void stream(double* to, double x) { *to = x; }
+  static LIC_FAST_INLINE void fence() {}
   static LIC_FAST_INLINE double exp(double x) { return std::exp(x); }
   static LIC_FAST_INLINE double exp_negative(double x) { return std::exp(x); }
   static LIC_FAST_INLINE double expm1(double x) { return std::expm1(x); }
@@ -258,6 +335,13 @@ LIC_FAST_INLINE void store_part(T* to, typename M::Value x, int64_t n) {
   T lanes[M::kLanes];
   M::store(lanes, x);
   std::memcpy(to, lanes, n * sizeof(T));
+}
+
+// To dense results that begin at a multiple of a vector.
+template <class M, class T>
+LIC_FAST_INLINE void stream_part(T* to, typename M::Value x, int64_t n, bool streams) {
+  if (streams && n >= M::kLanes) return M::stream(to, x);
+  store_part<M>(to, x, n);
 }
 
 }  // namespace lic_fast

@@ -13,7 +13,11 @@ struct DeviceMath {
   static __device__ __forceinline__ T all(T x) { return x; }
   static __device__ __forceinline__ T fused(T a, T b, T c) { return a * b + c; }
   static __device__ __forceinline__ T select(bool mask, T a, T b) { return mask ? a : b; }
+  static __device__ __forceinline__ bool less(T a, T b) { return a < b; }
+  static __device__ __forceinline__ bool no_less(T a, T b) { return a >= b; }
+  static __device__ __forceinline__ bool equal(T a, T b) { return a == b; }
   static __device__ __forceinline__ bool both(bool a, bool b) { return a & b; }
+  static __device__ __forceinline__ bool no(bool mask) { return !mask; }
   static __device__ __forceinline__ bool any(bool mask) { return mask; }
   static __device__ __forceinline__ T abs(T x) { return x < 0 ? -x : x; }
   static __device__ __forceinline__ T at_most(T x, T limit) { return x > limit ? limit : x; }

@@ -90,7 +90,7 @@ __device__ __forceinline__ Parameters<T> parameters4(const Job& job, int64_t k, 
 }
 
 template <class S, int64_t kMost>
-struct MixedGradients : Mixed<DeviceMath<S>, kMost> {  // with the derivatives of the components' log-likelihoods
+struct MixedGradients : Mixed<DeviceMath<S>, kMost> {  // with the components' derivatives, signed
   S by_d[kMost], by_s[kMost];
 };
 
@@ -138,20 +138,22 @@ struct Walk {
   static __device__ __forceinline__ void mix_one(const Job& job, const Parameters<T> (&loaded)[kMost], int32_t at,
                                                  S y_hat, MixedGradients<S, kMost>& mixed) {
     using M = DeviceMath<S>;
-    const auto component = [&](int64_t k, S& weight, S& exponent, S& factor) {
-      weight = convert<S>(loaded[k].weight.at[at]);
+    Density<M> parts[kMost];
+    LIC_FAST_UNROLL_FEW
+    for (int64_t k = 0; k < kMost; ++k) {
+      if (k >= components(job)) break;
       const S d = add(y_hat, -convert<S>(loaded[k].mean.at[at]));
       const S s = bounded_scale<M>(convert<S>(loaded[k].scale.at[at]), static_cast<S>(job.scale_bound));
       const int32_t family = kFamily == kAnyFamily ? job.families[k] : kFamily;
-      const Density<M> part = density<M, kGradients>(family, M::abs(d), s);
-      exponent = part.exponent;
-      factor = part.factor;
+      parts[k] = density<M, kGradients>(family, M::abs(d), s);
       if constexpr (kGradients) {
-        mixed.by_d[k] = d < S(0) ? -part.by_d : part.by_d;
-        mixed.by_s[k] = part.by_s;
+        mixed.by_d[k] = d < S(0) ? -parts[k].by_d : parts[k].by_d;
+        mixed.by_s[k] = parts[k].by_s;
       }
-    };
-    mix<M>(components(job), job.logits, component, mixed);
+    }
+    const auto weight = [&](int64_t k) { return convert<S>(loaded[k].weight.at[at]); };
+    const auto component = [&](int64_t k) { return parts[k]; };
+    mix<M>(components(job), job.logits, weight, component, mixed);
   }
 };
 
@@ -298,7 +300,7 @@ __device__ __forceinline__ void backward4(const Job& job, const RateRule<S>& rul
     for (int32_t e = 0; e < 4; ++e) {
       const S raw = convert<S>(scale.at[e]), d = add(y_hat[e], -mean[e]);
       const Density<M> part = density<M, true>(kFamily, M::abs(d), bounded_scale<M>(raw, bound));
-      const S g = rule.template upstream<M>(grad[e], needs_p ? log_of<M>(kFamily, part) : S(0));
+      const S g = rule.template upstream<M>(grad[e], needs_p ? log_of<M>(kFamily, part) : S(0)) / part.factor;
       const S grad_d = g * (d < 0 ? -part.by_d : part.by_d);
       grad_s.at[e] = convert<T>(through_bound<M>(g * part.by_s, raw, bound));
       grad_m.at[e] = convert<T>(follows ? through[e] : -grad_d);

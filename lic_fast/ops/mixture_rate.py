@@ -19,14 +19,14 @@ FAMILIES = {"gaussian": GAUSSIAN, "logistic": LOGISTIC, "laplace": LAPLACE}
 Optional = Tensor | None
 
 
-def _slopes_like(y: Tensor, weights: Optional, components: int, likelihood_bound: float, slopes: bool) -> Tensor:
+def _slopes_like(y: Tensor, weights: Optional, components: int, slopes: bool) -> Tensor:
     """Room for the derivatives that a forward pass on the CPU leaves; without elements where none are made.
 
-    There arithmetic is what a density costs, and it is done once. On a GPU memory is: its gradients evaluate the density
-    again and read and write a seventh less.
+    There a density costs arithmetic, which is done once. On a GPU it costs memory: gradients evaluate the density again
+    and read and write a seventh less.
     """
     made = slopes and y.device.type == "cpu"
-    shape = (reference.planes(components, weights is None, likelihood_bound), *y.shape) if made else 0
+    shape = (reference.planes(components, weights is None), *y.shape) if made else 0
     return torch.empty(shape, dtype=torch.promote_types(y.dtype, torch.float32), device=y.device)
 
 
@@ -38,7 +38,7 @@ def _forward(kernel: Callable[..., None]) -> Callable[..., tuple[Tensor, Tensor,
         quantize: int, scale_bound: float, likelihood_bound: float, logits: bool, output: int, slopes: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         y_hat, rate = y_hat_like(y, quantize), rate_like(y, output)
-        room = _slopes_like(y, weights, len(families), likelihood_bound, slopes)
+        room = _slopes_like(y, weights, len(families), slopes)
         if not y.numel():
             return y_hat, rate.zero_(), room
         laid = [None if t is None else samples(t) for t in (y, scales, means, weights)]
@@ -50,8 +50,8 @@ def _forward(kernel: Callable[..., None]) -> Callable[..., tuple[Tensor, Tensor,
 
 def _reference(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     *inputs, slopes = args
-    y, weights, families, likelihood_bound = args[0], args[3], args[5], args[8]
-    room = _slopes_like(y, weights, len(families), likelihood_bound, slopes)
+    y, weights, families = args[0], args[3], args[5]
+    room = _slopes_like(y, weights, len(families), slopes)
     if room.numel():
         room.copy_(reference.mixture_rate_slopes(*inputs))
     return *reference.mixture_rate(*inputs), room
@@ -87,11 +87,11 @@ def _backward(kernel: Callable[..., None]) -> Callable[..., tuple[Tensor, ...]]:
 
 def _reference_backward(*args: Any) -> tuple[Tensor, ...]:
     grad_y_hat, grad_rate, slopes, *inputs, need = args
-    _, scales, _, weights, _, _, quantize, scale_bound, likelihood_bound, _, output = inputs
+    y, _, _, _, _, families, quantize, _, likelihood_bound, _, output = inputs
     if not slopes.numel():
         slopes = reference.mixture_rate_slopes(*inputs)
     results = reference.mixture_rate_bwd(
-        grad_y_hat, grad_rate, slopes, scales, weights is None, quantize, scale_bound, likelihood_bound, output
+        grad_y_hat, grad_rate, slopes, y, len(families), quantize, likelihood_bound, output
     )
     return kept(results, _rooms(*inputs[:4], need))
 
@@ -109,7 +109,7 @@ define(
     lambda y, scales, means, weights, seed, families, quantize, scale_bound, bound, logits, output, slopes: (
         y_hat_like(y, quantize),
         rate_like(y, output),
-        _slopes_like(y, weights, len(families), bound, slopes),
+        _slopes_like(y, weights, len(families), slopes),
     ),
 )
 define(

@@ -43,9 +43,9 @@ def rate_slope(log_p: Tensor, likelihood_bound: float, output: int, dtype: torch
     return slope * (p / likelihood_bound).clamp_max(1) if likelihood_bound > 0 else slope
 
 
-def passes(grad: Tensor, log_p: Tensor, likelihood_bound: float, output: int) -> Tensor:
-    """Whether a gradient of the rate goes on: below a bound only where it would raise the likelihood."""
-    return (log_p.exp() >= likelihood_bound) | ((grad < 0) if output == LIKELIHOOD else (grad > 0)) | log_p.isnan()
+def passes(grad: Tensor, below: Tensor, output: int) -> Tensor:
+    """Whether a gradient of the rate goes on: below the likelihood's bound only where it would raise the likelihood."""
+    return ~below | ((grad < 0) if output == LIKELIHOOD else (grad > 0))
 
 
 def by_element(grad: Tensor, output: int, dim: int) -> Tensor:
@@ -58,5 +58,5 @@ def rate_bwd(grad: Tensor, log_p: Tensor, likelihood_bound: float, output: int, 
     grad = by_element(grad, output, log_p.dim()).to(log_p.dtype)
     result = grad * rate_slope(log_p, likelihood_bound, output, dtype)
     if likelihood_bound > 0:
-        result = torch.where(passes(grad, log_p, likelihood_bound, output), result, 0.0)
+        result = torch.where(passes(grad, log_p.exp() < likelihood_bound, output), result, 0.0)
     return result

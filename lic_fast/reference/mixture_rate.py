@@ -100,9 +100,18 @@ def mixture_rate(
     return y.new_empty(0) if quantize_mode == NONE else y_hat.to(y.dtype).contiguous(), result
 
 
-def planes(components: int, single: bool, likelihood_bound: float) -> int:
+def planes(components: int, single: bool) -> int:
     """How many tensors of y's shape mixture_rate_slopes stacks."""
-    return (2 if single else 3) * components + (likelihood_bound > 0)
+    return (2 if single else 3) * components
+
+
+def _bits(slopes: Tensor) -> Tensor:
+    return slopes.view(torch.int64 if slopes.dtype is torch.float64 else torch.int32)
+
+
+def _noted(slopes: Tensor, mask: Tensor) -> Tensor:
+    """The slopes with their last bits taken for a note."""
+    return (_bits(slopes) & -2 | mask).view(slopes.dtype)
 
 
 def mixture_rate_slopes(
@@ -111,46 +120,46 @@ def mixture_rate_slopes(
 ) -> Tensor:  # fmt: skip
     """The derivatives of each element's rate (of its bits, where these are summed), [planes, B, C, *].
 
-    In this order: by y_hat - mean of each component, by the scale of each, and in a mixture by the weight of each; where
-    there is a likelihood_bound at last log p, which says where no gradient, or only one of two signs, goes on. Not yet
-    counted is the bound of the scales. Of y's dtype of arithmetic.
+    In this order: by y_hat - mean of each component, by the scale of each, and in a mixture by the weight of each. The
+    bounds are noted in last bits: whether a scale lay below its own, in the derivative by it; whether the likelihood
+    did, in that by the first component's distance. Of y's dtype of arithmetic.
     """
     _, log_w, log_pk, by_d, by_s, log_p = _terms(
         y, scales, means, weights, seed, families, quantize_mode, scale_bound, logits
     )
-    dtype = arithmetic_dtype(y)
+    dtype, k = arithmetic_dtype(y), len(families)
     share = torch.exp(log_w + log_pk - log_p.unsqueeze(1))  # of each component in the likelihood
     parts = [share * by_d, share * by_s]
     if weights is not None:
         parts.append(share - log_w.exp() if logits else torch.exp(log_pk - log_p.unsqueeze(1)))
     slope = rate_slope(log_p, likelihood_bound, output, dtype).unsqueeze(1)
     # a likelihood of 0 far below its bound takes all with it, even what is infinite
-    parts = [torch.where((slope == 0) & ~part.isnan(), 0.0, slope * part) for part in parts]
-    if likelihood_bound > 0:
-        parts.append(log_p.unsqueeze(1))
-    return torch.cat(parts, 1).to(dtype).transpose(0, 1).contiguous()
+    slopes = torch.cat([torch.where(slope == 0, 0.0, slope * part) for part in parts], 1).to(dtype)
+    slopes = slopes.transpose(0, 1).contiguous()
+    scales = _by_component(scales, k).to(dtype).transpose(0, 1)
+    slopes[k : 2 * k] = _noted(slopes[k : 2 * k], scales < torch.tensor(scale_bound, dtype=dtype, device=y.device))
+    slopes[0] = _noted(slopes[0], log_p.exp() < likelihood_bound)
+    return slopes
 
 
 def mixture_rate_bwd(
-    grad_y_hat: Tensor | None, grad_rate: Tensor | None, slopes: Tensor, scales: Tensor, single: bool,
-    quantize_mode: int, scale_bound: float, likelihood_bound: float, output: int,
+    grad_y_hat: Tensor | None, grad_rate: Tensor | None, slopes: Tensor, y: Tensor, components: int, quantize_mode: int,
+    likelihood_bound: float, output: int,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """The gradients of y, scales, means and weights (None where `single`) from mixture_rate_slopes; of scales' dtype.
+    """The gradients of y, scales, means and weights from mixture_rate_slopes; of y's dtype.
 
     Rounding has the derivative 1 with quantize "ste" and 0 with "dequantize". There y_hat = round(y - mean) + mean
     follows the mean, so that y_hat - mean, and with it the rate, does not depend on the mean; a mixture rounds about
-    zero. A scale below scale_bound has a gradient only where that would raise it.
+    zero. A scale below its bound has a gradient only where that would raise it.
     """
-    dtype, like = scales.dtype, slopes[0]
-    k = len(slopes) // (2 if single else 3)  # log p, where it is there, is one more
+    k, like, single = components, slopes[0], len(slopes) == 2 * components
     g = torch.zeros_like(like)
     if grad_rate is not None:
         g = by_element(grad_rate, output, like.dim()).to(like.dtype).expand_as(like)
     if likelihood_bound > 0:
-        g = torch.where(passes(g, slopes[-1], likelihood_bound, output), g, 0.0)
+        g = torch.where(passes(g, (_bits(like) & 1).bool(), output), g, 0.0)
     grad_d, grad_s = (g * slopes[i * k : (i + 1) * k] for i in range(2))  # [K, B, C, *]
-    s = scales.to(like.dtype).reshape(scales.shape[0], k, *like.shape[1:]).transpose(0, 1)
-    below = s < torch.tensor(scale_bound, dtype=like.dtype, device=s.device)
+    below = (_bits(slopes[k : 2 * k]) & 1).bool()
     grad_s = torch.where(below & ~(grad_s < 0), 0.0, grad_s)
     through = torch.zeros_like(like)
     if grad_y_hat is not None and quantize_mode != NONE:
@@ -160,6 +169,6 @@ def mixture_rate_bwd(
         grad_m = through.unsqueeze(0) if single else -grad_d
     else:
         grad_y, grad_m = grad_d.sum(0) + through, -grad_d
-    grad_w = None if single else g * slopes[2 * k : 3 * k]
-    laid = [None if t is None else t.transpose(0, 1).reshape(scales.shape).to(dtype) for t in (grad_s, grad_m, grad_w)]
-    return grad_y.to(dtype), *laid
+    grad_w = None if single else g * slopes[2 * k :]
+    laid = [None if t is None else t.transpose(0, 1).flatten(1, 2).to(y.dtype) for t in (grad_s, grad_m, grad_w)]
+    return grad_y.to(y.dtype), *laid
