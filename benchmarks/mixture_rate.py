@@ -38,7 +38,7 @@ class _Inputs:
     def ours(self) -> list[Tensor]:
         """Bits, and the gradients by one kernel each way; without noise, so that all contenders agree."""
         run = gaussian_rate if len(self.leaves) == 3 else mixture_rate
-        _, bits = run(*self.leaves, bound="compressai")
+        _, bits = run(*self.leaves, bound="compressai", output="bits_per_channel")
         loss = bits.sum()
         return [loss.detach(), *torch.autograd.grad(loss, self.leaves)]
 

