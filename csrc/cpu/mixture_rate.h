@@ -173,7 +173,7 @@ struct SlopesAt {
         streams(job.streams),
         bounded(set.rule.bounded),
         slope(set.rule.slope(p)),
-        below(M::less(p, bounded ? set.rule.floor : -1)) {}
+        below(M::both(M::less(p, bounded ? set.rule.floor : -1), M::no(M::equal(slope, 0)))) {}
   LIC_FAST_INLINE void put(int64_t place, V value) const {
     stream_part<M>(planes + place * plane, value, left, streams);
   }

@@ -1,4 +1,4 @@
-"""Rates of quantised latents under the densities of learned image compression: forward and backward in one kernel."""
+"""Rates of quantised latents under the densities of learned image compression, and their gradients, in one pass."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def gaussian_rate(
 
     quantize: "none": y is taken as it is, y_hat is y itself. "noise": y + u, u uniform in (-0.5, 0.5), element i in
     row-major order from word i % 4 of Philox4x32-10 with key `seed` and counter i // 4, so that a seed gives one noise
-    on every backend and device; the noise is not stored, the gradients make it again. "ste" and "dequantize":
+    on every backend and device; the noise is never stored. "ste" and "dequantize":
     round(y - means) + means, halves to even; "ste" has the derivative 1 in y, "dequantize" 0, as in CompressAI, where
     y_hat follows the means. seed: an int or a tensor [1] int64 on y's device; None draws one from torch's generator of
     that device.
