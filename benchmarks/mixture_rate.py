@@ -21,14 +21,18 @@ _FLOPS = 150  # an element's and component's, both ways
 
 
 class _Inputs:
-    """Leaves y, scales, means and, for a mixture, weights."""
+    """Leaves y, scales, means and, for a mixture, weights: latents as a trained model has them.
+
+    Scales from CompressAI's bound to 8, as many in every octave; each latent is drawn from its first component.
+    """
 
     def __init__(self, shape: Sequence[int], k: int, dtype: torch.dtype, device: torch.device) -> None:
         g = torch.Generator().manual_seed(_SEED)
         batch, channels, *rest = shape
         wide = (batch, k * channels, *rest)
-        y, means = 3 * torch.randn(shape, generator=g), torch.randn(wide, generator=g)
-        scales = 0.5 + 4 * torch.rand(wide, generator=g)
+        means = torch.randn(wide, generator=g)
+        scales = 0.11 * (8 / 0.11) ** torch.rand(wide, generator=g)
+        y = means[:, :channels] + scales[:, :channels] * torch.randn(shape, generator=g)
         leaves = [y, scales, means]
         if k > 1:
             weights = torch.rand((batch, k, channels, *rest), generator=g) + 0.05

@@ -372,7 +372,8 @@ def mixture_rate_out(
 def mixture_rate_bwd_out(
     grad_y_hat: Optional, grad_rate: Optional, slopes: Tensor, y: Tensor, scales: Tensor, means: Optional,
     weights: Optional, seed: Optional, families: Sequence[int], quantize: int, scale_bound: float,
-    likelihood_bound: float, logits: bool, output: int, grad_y: Tensor, grad_scales: Tensor, grad_means: Tensor, grad_weights: Tensor,
+    likelihood_bound: float, logits: bool, output: int, grad_y: Tensor, grad_scales: Tensor, grad_means: Tensor,
+    grad_weights: Tensor,
 ) -> None:  # fmt: skip
     """Fills the gradients that have elements, contiguous. One element of a gradient from above may stand for all."""
     outputs = (grad_y, grad_scales, grad_means, grad_weights)

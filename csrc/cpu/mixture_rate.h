@@ -161,60 +161,82 @@ struct Rooms {
   S *rate, *slopes;
 };
 
-// Slopes of element i and its neighbours, `left` of them, whose likelihoods are p.
+// Likelihoods, and which of them lie below their bound: few, once a model has trained for a while, and none as a rule,
+// so that what these need is in branches.
+template <class M>
+struct Likelihood {
+  using V = typename M::Value;
+  using Rule = RateRule<typename M::Scalar>;
+  LIC_FAST_INLINE Likelihood(const Rule& rule, V log_p_, V p_)
+      : log_p(log_p_), p(p_), below(M::less(p, rule.bounded ? rule.floor : -1)), some(M::any(below)) {}
+
+  LIC_FAST_INLINE V rate(const Rule& rule) const {
+    return some || rule.output == kLikelihood ? rule.rate(log_p, p)
+                                              : log_p * static_cast<typename M::Scalar>(-1 / kLn2);
+  }
+  LIC_FAST_INLINE V slope(const Rule& rule) const {
+    return some || rule.output == kLikelihood ? rule.slope(p) : M::all(-1 / kLn2);
+  }
+
+  V log_p, p;
+  typename M::Mask below;
+  bool some;
+};
+
+// Slopes of element i and its neighbours, `left` of them.
 template <class M>
 struct SlopesAt {
   using V = typename M::Value;
   LIC_FAST_INLINE SlopesAt(const MixtureJob& job, const Settings<M>& set, typename M::Scalar* slopes, int64_t i,
-                           int64_t left_, V p)
+                           int64_t left_, const Likelihood<M>& likelihood_)
       : planes(slopes + i),
         plane(job.plane()),
         left(left_),
         streams(job.streams),
         bounded(set.rule.bounded),
-        slope(set.rule.slope(p)),
-        below(M::both(M::less(p, bounded ? set.rule.floor : -1), M::no(M::equal(slope, 0)))) {}
+        likelihood(likelihood_),
+        slope(likelihood_.slope(set.rule)) {}
   LIC_FAST_INLINE void put(int64_t place, V value) const {
     stream_part<M>(planes + place * plane, value, left, streams);
   }
   // A likelihood of 0 far below its bound takes all with it, even what is infinite.
-  LIC_FAST_INLINE V held(V value) const { return bounded ? M::select(M::equal(slope, 0), V{}, value) : value; }
+  LIC_FAST_INLINE V held(V value) const { return likelihood.some ? M::select(M::equal(slope, 0), V{}, value) : value; }
+  LIC_FAST_INLINE V first(V value) const {
+    if (!bounded) return value;
+    if (!likelihood.some) return M::cleared(value);
+    return M::noted(held(value), M::both(likelihood.below, M::no(M::equal(slope, 0))));
+  }
 
   typename M::Scalar* planes;
   int64_t plane, left;
   bool streams, bounded;
+  Likelihood<M> likelihood;
   V slope;
-  typename M::Mask below;
-};
-
-template <class M>
-struct Likelihood {
-  typename M::Value log_p, p;
 };
 
 template <class M, class T, bool kSlopes, int32_t kFamily>
-LIC_FAST_INLINE Likelihood<M> alone_at(const MixtureJob& job, const Settings<M>& set, const Sample<T>& from,
-                                       typename M::Scalar* slopes, typename M::Value d, int64_t i, int64_t left) {
+LIC_FAST_INLINE typename M::Value alone_at(const MixtureJob& job, const Settings<M>& set, const Sample<T>& from,
+                                           typename M::Scalar* slopes, typename M::Value d, int64_t i, int64_t left) {
   using V = typename M::Value;
   __builtin_prefetch(from.scales + i + kBlock);
   const V scale = load_part<M>(from.scales + i, left);
   const Density<M> part = density<M, kSlopes>(kFamily, M::abs(d), bounded_scale<M>(scale, set.scale_bound));
-  Likelihood<M> result{V{}, part.decay * part.factor};
-  if (job.output != kLikelihood) result.log_p = log_of<M>(kFamily, part);
+  const V log_p = job.output == kLikelihood ? V{} : log_of<M>(kFamily, part);
+  const Likelihood<M> result(set.rule, log_p, part.decay * part.factor);
   if constexpr (kSlopes) {
-    const SlopesAt<M> at(job, set, slopes, i, left, result.p);
+    const SlopesAt<M> at(job, set, slopes, i, left, result);
     const V scaled = at.slope / part.factor;
-    at.put(0, M::noted(at.held(scaled * M::flipped(part.by_d, d)), at.below));
+    at.put(0, at.first(scaled * M::flipped(part.by_d, d)));
     at.put(1, M::noted(at.held(scaled * part.by_s), M::less(scale, set.scale_bound)));
   }
-  return result;
+  return result.rate(set.rule);
 }
 
 // kCount: how many components, where that is known; else 0.
 template <class M, class T, bool kSlopes, int64_t kCount>
-LIC_FAST_INLINE Likelihood<M> mixed_at(const MixtureJob& job, const Settings<M>& set, const Sample<T>& from,
-                                       const Parts<M>& parts, typename M::Scalar* slopes, int64_t i, int64_t j,
-                                       int64_t left) {
+LIC_FAST_INLINE typename M::Value mixed_at(const MixtureJob& job, const Settings<M>& set, const Sample<T>& from,
+                                           const Parts<M>& parts, typename M::Scalar* slopes, int64_t i, int64_t j,
+                                           int64_t left) {
   using V = typename M::Value;
   const int64_t count = kCount > 0 ? kCount : job.components;
   Mixed<M, kCount ? kCount : kMostComponents> mixed;
@@ -227,19 +249,20 @@ LIC_FAST_INLINE Likelihood<M> mixed_at(const MixtureJob& job, const Settings<M>&
     return Density<M>{M::load(part.exponent + j), M::load(part.factor + j), M::load(part.decay + j), V{}, V{}};
   };
   mix<M>(count, job.logits, weight, component, mixed);
+  const Likelihood<M> result(set.rule, mixed.log_p, mixed.p);
   if constexpr (kSlopes) {
-    const SlopesAt<M> at(job, set, slopes, i, left, mixed.p);
+    const SlopesAt<M> at(job, set, slopes, i, left, result);
     const V scaled = at.slope / mixed.sum;
     for (int64_t k = 0; k < count; ++k) {
       V own, by_weight;
       share<M>(mixed, k, job.logits, at.slope, scaled, own, by_weight);
-      const V by_d = at.held(own * M::load(parts.at[k].by_d + j)), by_s = M::load(parts.at[k].by_s + j);
-      at.put(k, k == 0 ? M::noted(by_d, at.below) : by_d);
+      const V by_d = own * M::load(parts.at[k].by_d + j), by_s = M::load(parts.at[k].by_s + j);
+      at.put(k, k == 0 ? at.first(by_d) : at.held(by_d));
       at.put(count + k, M::noted(at.held(own * by_s), M::note(by_s)));
       at.put(2 * count + k, at.held(by_weight));
     }
   }
-  return {mixed.log_p, mixed.p};
+  return result.rate(set.rule);
 }
 
 // kFamily: that of the only component, or -1 for a mixture.
@@ -267,17 +290,15 @@ LIC_FAST_INLINE void forward(const MixtureJob& job, const Stretch& at) {
       if (centred) __builtin_prefetch(from.means + i + kBlock);
       __builtin_prefetch(from.y + i + kBlock);
       const V mean = centred ? load_part<M>(from.means + i, left) : V{};
-      V y_hat;
-      Likelihood<M> one;
+      V y_hat, rate;
       if constexpr (kMixed) {
         y_hat = M::load(y_hats + j);
-        one = mixed_at<M, T, kSlopes, kCount>(job, set, from, parts[0], to.slopes, i, j, left);
+        rate = mixed_at<M, T, kSlopes, kCount>(job, set, from, parts[0], to.slopes, i, j, left);
       } else {
         y_hat = quantized<S>(load_part<M>(from.y + i, left), mean, M::load(noise + j), job.quantize, centred);
-        one = alone_at<M, T, kSlopes, kFamily>(job, set, from, to.slopes, y_hat - mean, i, left);
+        rate = alone_at<M, T, kSlopes, kFamily>(job, set, from, to.slopes, y_hat - mean, i, left);
       }
       if (to.y_hat) store_part<M>(to.y_hat + i, y_hat, left);
-      const V rate = set.rule.rate(one.log_p, one.p);
       if (to.rate) {
         store_part<M>(to.rate + i, rate, left);
       } else {

@@ -153,6 +153,7 @@ struct VectorMath {
   static LIC_FAST_INLINE Value noted(Value x, Mask mask) {
     return select(mask, Value(Bits(x) | 1u), Value(Bits(x) & ~1u));
   }
+  static LIC_FAST_INLINE Value cleared(Value x) { return Value(Bits(x) & ~1u); }
   static LIC_FAST_INLINE Mask note(Value x) { return less(Value{}, Value((Bits(x) & 1u) << 23)); }
   // The lesser and the greater of two; a NaN in x stays.
   static LIC_FAST_INLINE Value at_most(Value x, float limit) { return ::lic_fast::at_most(x, all(limit)); }
@@ -290,6 +291,7 @@ struct ScalarMath {
     std::memcpy(&x, &bits, sizeof x);
     return x;
   }
+  static LIC_FAST_INLINE double cleared(double x) { return noted(x, false); }
   static LIC_FAST_INLINE bool note(double x) {
     uint64_t bits;
     std::memcpy(&bits, &x, sizeof bits);

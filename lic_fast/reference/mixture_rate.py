@@ -138,7 +138,7 @@ def mixture_rate_slopes(
     slopes = slopes.transpose(0, 1).contiguous()
     scales = _by_component(scales, k).to(dtype).transpose(0, 1)
     slopes[k : 2 * k] = _noted(slopes[k : 2 * k], scales < torch.tensor(scale_bound, dtype=dtype, device=y.device))
-    slopes[0] = _noted(slopes[0], (log_p.exp() < likelihood_bound) & (slopes[0] != 0))
+    slopes[0] = _noted(slopes[0], (log_p.exp() < likelihood_bound) & (slope[:, 0] != 0))
     return slopes
 
 
