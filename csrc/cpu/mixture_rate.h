@@ -258,7 +258,7 @@ LIC_FAST_INLINE typename M::Value mixed_at(const MixtureJob& job, const Settings
       share<M>(mixed, k, job.logits, at.slope, scaled, own, by_weight);
       const V by_d = own * M::load(parts.at[k].by_d + j), by_s = M::load(parts.at[k].by_s + j);
       at.put(k, k == 0 ? at.first(by_d) : at.held(by_d));
-      at.put(count + k, M::noted(at.held(own * by_s), M::note(by_s)));
+      at.put(count + k, M::with_note_of(at.held(own * by_s), by_s));
       at.put(2 * count + k, at.held(by_weight));
     }
   }

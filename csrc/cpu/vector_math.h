@@ -153,6 +153,9 @@ struct VectorMath {
   static LIC_FAST_INLINE Value noted(Value x, Mask mask) {
     return select(mask, Value(Bits(x) | 1u), Value(Bits(x) & ~1u));
   }
+  static LIC_FAST_INLINE Value with_note_of(Value x, Value noted) {
+    return Value((Bits(x) & ~1u) | (Bits(noted) & 1u));
+  }
   static LIC_FAST_INLINE Value cleared(Value x) { return Value(Bits(x) & ~1u); }
   static LIC_FAST_INLINE Mask note(Value x) { return less(Value{}, Value((Bits(x) & 1u) << 23)); }
   // The lesser and the greater of two; a NaN in x stays.
@@ -291,6 +294,7 @@ struct ScalarMath {
     std::memcpy(&x, &bits, sizeof x);
     return x;
   }
+  static LIC_FAST_INLINE double with_note_of(double x, double y) { return noted(x, note(y)); }
   static LIC_FAST_INLINE double cleared(double x) { return noted(x, false); }
   static LIC_FAST_INLINE bool note(double x) {
     uint64_t bits;
