@@ -77,7 +77,10 @@ ROOMS = {
 setup(
     packages=[*find_packages(include=["lic_fast", "lic_fast.*"]), *(f"lic_fast.{room}" for room in ROOMS)],
     package_dir={f"lic_fast.{room}": room for room in ROOMS},
-    package_data={f"lic_fast.{room}": patterns for room, patterns in ROOMS.items()},
+    package_data={
+        "lic_fast.coding": ["constant_tables/*.bin"],
+        **{f"lic_fast.{room}": patterns for room, patterns in ROOMS.items()},
+    },
     ext_modules=[
         Extension(f"lic_fast.{_build.LIBRARIES[backend]}", sources=[], py_limited_api=True, optional=MODE == "auto")
         for backend in PLAN.built()

@@ -19,6 +19,7 @@ OPS = (
     "cmd_assign",
     "embed_select",
     "ans_coder",
+    "rans_coder",
     "context_conv",
     "gdn",
     "mixture_rate",

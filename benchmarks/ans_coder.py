@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ..coding import Tables, decode, encode
+from ..coding.compressai_format import Tables, decode, encode
 from ._contenders import backends, forced
 from ._harness import OURS, Case, Expected, Group, Settings
 

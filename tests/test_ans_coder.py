@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import lic_fast
 from lic_fast.codec import BitstreamError as CodecBitstreamError
-from lic_fast.coding import BitstreamError, Decoder, Encoder, Tables, decode, encode
+from lic_fast.coding.compressai_format import BitstreamError, Decoder, Encoder, Tables, decode, encode
 from lic_fast.functional import ans_decode_
 
 ans = pytest.importorskip("compressai.ans")

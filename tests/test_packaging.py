@@ -135,6 +135,7 @@ def test_pure_wheel_holds_every_room_and_the_sources(tmp_path):
     for name in (
         "lic_fast/_build_info.json", "lic_fast/csrc/bind.cpp", "lic_fast/csrc/cuda/device.cuh",
         "lic_fast/triton_kernels/sma_update.py", "lic_fast/benchmarks/__main__.py", "lic_fast/reference/sma_update.py",
+        "lic_fast/coding/constant_tables/gaussian.bin",
     ):  # fmt: skip
         assert name in names
     assert not [name for name in names if name.endswith(".so") or "/results/" in name or name.startswith("tests/")]

@@ -1,8 +1,39 @@
-"""Entropy coders: symbols to bytes and back."""
+"""Entropy coders: symbols to bytes and back.
+
+The names here are lic_fast's own bitstream (docs/BITSTREAM.md). CompressAI's is in lic_fast.coding.compressai_format.
+"""
 
 from __future__ import annotations
 
 from ..functional.coding import BitstreamError
-from .compressai_format import Decoder, Encoder, Tables, decode, encode
+from .rans import (
+    Decoder,
+    Encoder,
+    RateReport,
+    decode,
+    decode_batch,
+    encode,
+    encode_batch,
+    rate_report,
+    scale_indexes,
+)
+from .tables import FAMILIES, LADDER_LEVELS, Tables, constant_tables, factorized_tables, join_tables
 
-__all__ = ["BitstreamError", "Decoder", "Encoder", "Tables", "decode", "encode"]
+__all__ = [
+    "FAMILIES",
+    "LADDER_LEVELS",
+    "BitstreamError",
+    "Decoder",
+    "Encoder",
+    "RateReport",
+    "Tables",
+    "constant_tables",
+    "decode",
+    "decode_batch",
+    "encode",
+    "encode_batch",
+    "factorized_tables",
+    "join_tables",
+    "rate_report",
+    "scale_indexes",
+]

@@ -70,7 +70,7 @@ class Coder:
         if self._other is not None or _stock():
             self._lists = [table.tolist() for table in tables]
         else:
-            from ..coding import Tables
+            from ..coding.compressai_format import Tables
 
             self._tables = Tables(*tables)
 
@@ -80,7 +80,7 @@ class Coder:
         Raises ValueError for an index that is no row of the tables.
         """
         if self._tables is not None:
-            from ..coding import encode
+            from ..coding.compressai_format import encode
 
             return encode(symbols, indexes, self._tables)
         self._check("encode", indexes)
@@ -103,7 +103,7 @@ class Coder:
     def decoder(self, stream: bytes) -> Any:
         """What decodes `stream` piece by piece: an object with decode(indexes)."""
         if self._tables is not None:
-            from ..coding import Decoder
+            from ..coding.compressai_format import Decoder
 
             return Decoder(stream, self._tables)
         return _CompressAIDecoder(stream, self._lists, self._check)

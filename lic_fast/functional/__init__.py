@@ -15,6 +15,7 @@ from .likelihood import (
 from .modes import cmd_assign, embed_select, rls_update_, sensitivity_accumulate_
 from .parameters import affine_reconstruct, affine_reconstruct_, sma_update_
 from .preconditioning import adam_update_, refresh_eigenbasis, rotate_moments_, soap_update_
+from .rans import rans_decode_, rans_encode, rans_lanes, rans_open, rans_pack
 
 __all__ = [
     "FlatLayout",
@@ -36,6 +37,11 @@ __all__ = [
     "logistic_rate",
     "mixture_rate",
     "pack_factorized",
+    "rans_decode_",
+    "rans_encode",
+    "rans_lanes",
+    "rans_open",
+    "rans_pack",
     "refresh_eigenbasis",
     "rls_update_",
     "rotate_moments_",

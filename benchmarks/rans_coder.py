@@ -1,0 +1,190 @@
+"""rans_coder: lic_fast's own bitstream from int32 symbols and fp32 scales to bytes and back, beside other coders.
+
+Every contender gets the symbols and scales as tensors and gives bytes (or the symbols); what it needs in between, lists
+or arrays or indexes, counts. "indexes given" leaves build_indexes out. Each is checked by decoding what it encoded.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import _native
+from ..coding import constant_tables, decode, encode
+from ..ops import rans_coder as _op
+from ._contenders import backends, forced
+from ._harness import OURS, Case, Expected, Group, Settings
+
+SYMBOLS, QUICK_SYMBOLS = 1_500_000, 1 << 11
+_SEED = 19
+_SCALES = (("scales 0.11 to 64", 64.0), ("scales 0.11 to 4", 4.0), ("scales 0.11 to 1", 1.0))
+_VARIANTS = {1: "scalar", 2: "AVX2", 3: "AVX-512, loads", 4: "AVX-512, gathers"}
+
+
+@dataclass(frozen=True)
+class Contender:
+    name: str
+    encode: Callable[[], bytes]
+    decode: Callable[[bytes], Tensor]
+
+
+def _inputs(count: int, widest: float) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(_SEED)
+    low, high = torch.tensor([0.11, widest]).log()
+    scales = torch.exp(low + (high - low) * torch.rand(count, generator=generator))
+    return (torch.randn(count, generator=generator) * scales).round().int(), scales
+
+
+def _in_variant(variant: int, run: Callable) -> Callable:
+    def call(*arguments: object) -> object:
+        before, _op.VARIANT = _op.VARIANT, variant
+        try:
+            return run(*arguments)
+        finally:
+            _op.VARIANT = before
+
+    return call
+
+
+def _ours(symbols: Tensor, scales: Tensor, settings: Settings) -> tuple[list[Contender], dict[str, str]]:
+    tables = constant_tables()
+    levels = torch.from_numpy(np.clip((scales.view(torch.int32).numpy() >> 19) - 1980, 0, 243).astype(np.uint8))
+    usable, left_out = backends("rans_coder_encode", settings.device, torch.int32)
+    if "reference" in usable and not settings.quick:
+        usable.remove("reference")
+        left_out[OURS + "reference"] = "plain NumPy, seconds for this many symbols; --quick times it"
+
+    def coder(name: str, indexes: Tensor, wrap: Callable, lanes: int | str = "auto") -> Contender:
+        return Contender(
+            OURS + name,
+            wrap(lambda: encode(symbols, indexes, tables, lanes=lanes)),
+            wrap(lambda stream: decode(stream, indexes, tables)),
+        )
+
+    found = [coder(name, scales, lambda run, name=name: _forced(name, run)) for name in usable]
+    if "cpp" in usable:
+        found.append(coder("cpp, levels given", levels, lambda run: run))
+        found.append(coder("cpp, 64 lanes", scales, lambda run: run, 64))
+        mask = _native.op("cpp", "rans_coder_variants")()
+        for variant, name in _VARIANTS.items():
+            if mask >> variant & 1:
+                found.append(coder(f"cpp, {name}", scales, lambda run, v=variant: _in_variant(v, run)))
+    return found, left_out
+
+
+def _forced(name: str, run: Callable) -> Callable:
+    return lambda *arguments: forced(name, lambda: run(*arguments))()
+
+
+def _compressai(symbols: Tensor, scales: Tensor) -> list[Contender]:
+    from compressai.ans import RansDecoder, RansEncoder
+    from compressai.entropy_models import GaussianConditional
+    from compressai.models.base import get_scale_table
+
+    model = GaussianConditional([float(s) for s in get_scale_table()])
+    model.update()
+    raw = [model.quantized_cdf, model.cdf_length, model.offset]
+    built = model.build_indexes(scales)
+
+    def pair(name: str, indexes: Callable[[], Tensor]) -> Contender:
+        return Contender(
+            name,
+            lambda: RansEncoder().encode_with_indexes(
+                symbols.tolist(), indexes().tolist(), *(table.tolist() for table in raw)
+            ),
+            lambda stream: torch.tensor(
+                RansDecoder().decode_with_indexes(stream, indexes().tolist(), *(table.tolist() for table in raw)),
+                dtype=torch.int32,
+            ),
+        )
+
+    return [
+        pair("compressai, indexes given", lambda: built),
+        pair("compressai, build_indexes", lambda: model.build_indexes(scales)),
+    ]
+
+
+def _constriction(symbols: Tensor, scales: Tensor) -> Contender:
+    import constriction
+
+    model = constriction.stream.model.QuantizedGaussian(-1024, 1024)
+    means = np.zeros(len(symbols), np.float32)
+
+    def coded() -> bytes:
+        coder = constriction.stream.stack.AnsCoder()
+        coder.encode_reverse(symbols.numpy(), model, means, scales.numpy())
+        return coder.get_compressed().tobytes()
+
+    def decoded(stream: bytes) -> Tensor:
+        coder = constriction.stream.stack.AnsCoder(np.frombuffer(stream, np.uint32))
+        return torch.from_numpy(coder.decode(model, means, scales.numpy()))
+
+    return Contender("constriction", coded, decoded)
+
+
+def _torchac(symbols: Tensor, scales: Tensor) -> Contender:
+    import torchac
+
+    reach = int(symbols.abs().max()) + 1
+    edges = torch.arange(-reach, reach + 2) - 0.5
+
+    def cdf() -> Tensor:
+        return torch.special.ndtr(edges / scales[:, None]).clamp(0, 1)
+
+    return Contender(
+        "torchac, with its CDFs",
+        lambda: torchac.encode_float_cdf(cdf(), (symbols + reach).short()),
+        lambda stream: torchac.decode_float_cdf(cdf(), stream).int() - reach,
+    )
+
+
+def _contenders(symbols: Tensor, scales: Tensor, settings: Settings) -> tuple[list[Contender], dict[str, str]]:
+    found, left_out = _ours(symbols, scales, settings)
+    for name, make in (("compressai", _compressai), ("constriction", _constriction), ("torchac", _torchac)):
+        if importlib.util.find_spec(name) is None:
+            left_out[name] = f"not installed; run: pip install {name}"
+        elif name == "torchac" and not settings.quick:
+            left_out[name] = "its tables of CDFs take gigabytes for this many symbols; --quick times it"
+        else:
+            made = make(symbols, scales)
+            found += made if isinstance(made, list) else [made]
+    return found, left_out
+
+
+def groups(settings: Settings) -> Iterator[Group]:
+    """Encoding and decoding at three spreads of scales, on the CPU only; --quick takes fewer symbols."""
+    if settings.device.type != "cpu":
+        return
+    count = QUICK_SYMBOLS if settings.quick else SYMBOLS
+    for name, widest in _SCALES:
+        symbols, scales = _inputs(count, widest)
+        contenders, left_out = _contenders(symbols, scales, settings)
+        expected = Expected([symbols.double()], [0.0], [torch.float32])
+        streams = {one.name: one.encode() for one in contenders}
+        ours = streams[contenders[0].name]
+        for direction in ("encode", "decode"):
+            cases = []
+            for one in contenders:
+                stream = streams[one.name]
+                moved = count * 8 + len(stream)
+                if direction == "encode":
+                    back = lambda result, one=one: [one.decode(result).float()]  # noqa: E731
+                    cases.append(Case(one.name, one.encode, back, moved, 0))
+                else:
+                    run = lambda one=one, stream=stream: one.decode(stream)  # noqa: E731
+                    cases.append(Case(one.name, run, lambda symbols: [symbols.float()], moved, 0))
+            yield Group(
+                op="rans_coder",
+                case=f"{direction}, {name}",
+                inputs=f"{count} symbols, {8 * len(ours) / count:.4f} bits each",
+                dtype="int32",
+                device=settings.device,
+                cases=cases,
+                expected=expected,
+                left_out=left_out,
+            )

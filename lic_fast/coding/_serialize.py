@@ -1,0 +1,34 @@
+"""Table sets as bytes (docs/BITSTREAM.md, section 2): what is stored, shipped and hashed."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+MAGIC = b"LFTB"
+LADDER_LEVELS = 244
+HEAD = struct.Struct("<4sBBHIIi")
+ROW = struct.Struct("<hH")
+LEVEL = struct.Struct("<HBB")
+
+
+def serialize(
+    precision: int, ladder: int, rows: Sequence[tuple[int, Sequence[int]]], levels: Sequence[tuple[int, int]]
+) -> bytes:
+    """rows: (offset, frequencies with the escape's last); levels: (row, shift)."""
+    head = HEAD.pack(MAGIC, precision, 0, 0, len(rows), len(levels), ladder)
+    sizes = b"".join(ROW.pack(offset, len(frequencies) - 1) for offset, frequencies in rows)
+    counts = b"".join(struct.pack(f"<{len(frequencies)}H", *frequencies) for _, frequencies in rows)
+    return head + sizes + counts + b"".join(LEVEL.pack(row, shift, 0) for row, shift in levels)
+
+
+def deserialize(data: bytes) -> tuple[int, int, list[tuple[int, Sequence[int]]], list[tuple[int, int]]]:
+    """(precision, ladder, rows, levels) of what serialize made."""
+    _, precision, _, _, rows, levels, ladder = HEAD.unpack_from(data)
+    sizes = list(ROW.iter_unpack(data[HEAD.size : HEAD.size + ROW.size * rows]))
+    at, made = HEAD.size + ROW.size * rows, []
+    for offset, size in sizes:
+        made.append((offset, struct.unpack_from(f"<{size + 1}H", data, at)))
+        at += 2 * (size + 1)
+    pairs = [(row, shift) for row, shift, _ in LEVEL.iter_unpack(data[at : at + LEVEL.size * levels])]
+    return precision, ladder, made, pairs

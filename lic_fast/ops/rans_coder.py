@@ -1,0 +1,131 @@
+"""lic_fast::rans_coder_*: the bitstream of docs/BITSTREAM.md, tensors in and out."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import _native
+from .._dispatch import Impl, OpSpec, register
+from ..reference import _rans_container as container
+from ..reference.rans_coder import rans_coder_decode_ as reference_decode_
+from ..reference.rans_coder import rans_coder_encode as reference_encode
+from ..reference.rans_coder import rans_coder_open as reference_open
+from ..reference.rans_coder import shares
+from ._library import define
+
+__all__ = ["DECODE_", "ENCODE", "HASH_WORD", "INDEX_DTYPES", "OPEN", "container", "pack", "shares"]
+
+INDEX_DTYPES = (torch.int32, torch.uint8, torch.float32)
+_HEAD = 8  # 64-bit words: precision, rows, levels, stride, ladder, hash, 0, 0
+HASH_WORD = 5
+_BUCKETS = 256
+_LINE = 32  # entries of 2 bytes: a cache line
+VARIANT = 0  # of csrc/cpu/rans_stream.h: the best of this processor; tests set the others
+_SENTINELS = 3  # entries of 2**precision at the end of a row, so that four can be read at once
+
+
+def pack(
+    precision: int,
+    ladder: int,
+    table_hash: int,
+    offsets: np.ndarray,
+    sizes: np.ndarray,
+    counts: np.ndarray,
+    level_rows: np.ndarray,
+    level_shifts: np.ndarray,
+) -> Tensor:
+    """Checked tables as csrc/common/rans.h reads them, int64 [*]: header, levels, starts, buckets.
+
+    offsets, sizes [R]; counts: the frequencies of all rows, the escape's last in each; level_rows, level_shifts [V]. A
+    row takes an odd number of cache lines, lest all rows begin in the same few sets of a cache.
+    """
+    rows, total = len(sizes), 1 << precision
+    stride = (-(-(int(sizes.max()) + 1 + _SENTINELS) // _LINE) | 1) * _LINE
+    first = np.concatenate([[0], np.cumsum(sizes + 1)])
+    starts = np.full((rows, stride), total, np.uint16)
+    buckets = np.zeros((rows, _BUCKETS), np.uint8)
+    slots = np.arange(_BUCKETS) << (precision - 8)
+    for row in range(rows):
+        ends = np.cumsum(counts[first[row] : first[row + 1]])
+        starts[row, 0], starts[row, 1 : len(ends) + 1] = 0, ends
+        buckets[row] = np.searchsorted(ends, slots, side="right")
+    keys = level_rows.astype(np.uint32) | level_shifts.astype(np.uint32) << 12
+    keys |= offsets[level_rows].astype(np.uint32) << 16
+    levels = np.zeros((-(-len(keys) // 256) * 256, 2), np.uint32)
+    levels[: len(keys)] = np.stack([keys, sizes[level_rows].astype(np.uint32)], 1)
+    head = np.array([precision, rows, len(keys), stride, ladder, table_hash, 0, 0], np.int64)
+    parts = [levels.tobytes(), starts.tobytes() + bytes(8), buckets.tobytes() + bytes(8)]
+    return torch.from_numpy(np.concatenate([head, *(np.frombuffer(part, np.int64) for part in parts)]))
+
+
+def _native_encode(*arguments: object) -> tuple[Tensor, Tensor]:
+    return _native.op("cpp", "rans_coder_encode")(*arguments, VARIANT)
+
+
+def _native_open(stream: Tensor, check: bool) -> Tensor:
+    return _native.op("cpp", "rans_coder_open")(stream, check)
+
+
+def _native_decode_(*arguments: object) -> None:
+    _native.op("cpp", "rans_coder_decode_out")(*arguments, VARIANT)
+
+
+def _why_not(device: str) -> str | None:
+    return _native.why_not("cpp", device)
+
+
+_ORDER = {"cpu": ("cpp", "reference")}
+
+
+def _spec(name: str, native: object, reference: object, dtypes: tuple[torch.dtype, ...]) -> OpSpec:
+    impls = {"cpp": Impl(native, ("cpu",), dtypes, _why_not), "reference": Impl(reference, ("cpu",), dtypes)}
+    return register(OpSpec(name, impls, _ORDER))
+
+
+ENCODE = _spec("rans_coder_encode", _native_encode, reference_encode, (torch.int32,))
+OPEN = _spec("rans_coder_open", _native_open, reference_open, (torch.uint8,))
+DECODE_ = _spec("rans_coder_decode_", _native_decode_, reference_decode_, INDEX_DTYPES)
+
+
+def _encode(symbols: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    return ENCODE(symbols, symbols, *rest)
+
+
+def _fake_encode(symbols: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    stream = symbols.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
+    return stream, symbols.new_empty(max(symbols.shape[0], 1), dtype=torch.int64)
+
+
+def _open(stream: Tensor, check: bool) -> Tensor:
+    return OPEN(stream, stream, check)
+
+
+def _fake_open(stream: Tensor, check: bool) -> Tensor:
+    return stream.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
+
+
+def _decode_(
+    streams: list[Tensor], states: list[Tensor], indexes: Tensor, packed: Tensor, symbols: Tensor, last: bool
+) -> None:
+    DECODE_(indexes, streams, states, indexes, packed, symbols, last)
+
+
+def _fake_decode_(*_: object) -> None:
+    return None
+
+
+define(
+    "rans_coder_encode(Tensor symbols, Tensor indexes, Tensor packed, Tensor head, Tensor steps, int lanes, "
+    "int streams, int skip) -> (Tensor, Tensor)",
+    _encode,
+    _fake_encode,
+)
+define("rans_coder_open(Tensor stream, bool check) -> Tensor", _open, _fake_open)
+define(
+    "rans_coder_decode_(Tensor[] streams, Tensor(a!)[] states, Tensor indexes, Tensor packed, Tensor(b!) symbols, "
+    "bool last) -> ()",
+    _decode_,
+    _fake_decode_,
+)

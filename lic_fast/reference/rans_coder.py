@@ -1,0 +1,257 @@
+"""The bitstream of docs/BITSTREAM.md, as specified: one row of lanes after the other, in NumPy's 64-bit integers."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ._rans_container import (
+    ELEMENTS,
+    ELEMENTS_DONE,
+    ESCAPE_AT,
+    ESCAPE_WIDTH,
+    ESCAPES,
+    INDEX_OUTSIDE,
+    LANES,
+    LEFT_OVER,
+    NOT_ZERO,
+    RAN_OUT,
+    ROWS,
+    SKIP,
+    STATUS,
+    STEPS,
+    STEPS_DONE,
+    STREAMS,
+    WORD_AT,
+    WORDS,
+    Refused,
+    rans_coder_open,
+    states_of,
+    write,
+)
+
+__all__ = ["Tables", "rans_coder_decode_", "rans_coder_encode", "rans_coder_open"]
+
+LOW = 1 << 16
+TAIL_LIMIT = (1 << 32) - LOW
+MOST_TAIL_ROWS = 256
+LADDER_FIRST, LADDER_LEVELS = 1980, 244
+_TABLES_HEAD = 8
+
+
+class Tables:
+    """Views of packed tables (lic_fast/ops/rans_coder.py): rows and levels."""
+
+    def __init__(self, packed: Tensor) -> None:
+        words = packed.numpy()
+        self.precision, rows, self.levels, stride, self.ladder = (int(word) for word in words[:5])
+        at = _TABLES_HEAD + (self.levels + 255) // 256 * 256
+        key, size = words[_TABLES_HEAD:at].view(np.uint32).reshape(-1, 2)[: self.levels].T.astype(np.int64)
+        self.row, self.shift, self.size = key & 0xFFF, key >> 12 & 15, size
+        self.offset = (key >> 16) - (key >> 31 << 16)
+        self.starts = words[at : at + rows * stride // 4].view(np.uint16).reshape(rows, stride).astype(np.int64)
+
+    def of(self, indexes: np.ndarray) -> np.ndarray:
+        """Levels from indexes, or from scales by their bits."""
+        if indexes.dtype == np.float32:
+            return self.ladder + np.clip((indexes.view(np.int32) >> 19) - LADDER_FIRST, 0, LADDER_LEVELS - 1).astype(
+                np.int64
+            )
+        levels = indexes.astype(np.int64)
+        if levels.size and not 0 <= levels.min() <= levels.max() < self.levels:
+            raise Refused(INDEX_OUTSIDE)
+        return levels
+
+
+def _int32(values: np.ndarray) -> np.ndarray:
+    return values.astype(np.uint32).view(np.int32).astype(np.int64)
+
+
+def shares(elements: int, lanes: int, streams: int) -> list[slice]:
+    """The elements of a step that each stream takes."""
+    rows = -(-elements // lanes)
+    each = -(-rows // streams) * lanes
+    return [slice(min(elements, w * each), min(elements, (w + 1) * each)) for w in range(streams)]
+
+
+class _Encoder:
+    """One stream; rows come from the last to the first."""
+
+    def __init__(self, tables: Tables, lanes: int) -> None:
+        self.tables, self.x = tables, np.zeros(lanes, np.int64)
+        self.in_tail, self.tail_rows, self.rows = True, 0, 0
+        self.words: list[int] = []  # the first one last
+        self.escapes: list[int] = []  # the first one last
+
+    def row(self, levels: np.ndarray, symbols: np.ndarray) -> None:
+        t, n = self.tables, self.tables.precision
+        shift, row, size = t.shift[levels], t.row[levels], t.size[levels]
+        shifted = _int32(symbols + (1 << shift >> 1))
+        value, raw = shifted >> shift, shifted & (1 << shift) - 1
+        number = value - t.offset[levels]
+        escaped = (number < 0) | (number >= size)
+        number = np.where(escaped, size, number)
+        start = t.starts[row, number]
+        frequency = t.starts[row, number + 1] - start
+        active = len(levels)
+        if self.in_tail:
+            bits = self.x[:active] << shift | raw
+            x = (bits // frequency << n) + bits % frequency + start
+            if self.tail_rows < MOST_TAIL_ROWS and x.max() < TAIL_LIMIT:
+                self.x[:active], self.tail_rows = x, self.tail_rows + 1
+                self.escapes += value[escaped][::-1].tolist()
+                return
+            self.lift()
+        x = self.emit(self.x[:active], (shift > 0) & (self.x[:active] >> (32 - shift) > 0)) << shift | raw
+        x = self.emit(x, x >> (32 - n) >= frequency)
+        self.x[:active] = (x // frequency << n) + x % frequency + start
+        self.rows += 1
+        self.escapes += value[escaped][::-1].tolist()
+
+    def emit(self, x: np.ndarray, too_large: np.ndarray) -> np.ndarray:
+        self.words += (x[too_large] & 0xFFFF)[::-1].tolist()
+        return np.where(too_large, x >> 16, x)
+
+    def lift(self) -> None:
+        self.x += LOW
+        self.in_tail = False
+
+
+def rans_coder_encode(
+    symbols: Tensor, indexes: Tensor, packed: Tensor, head: Tensor, steps: Tensor, lanes: int, streams: int, skip: int
+) -> tuple[Tensor, Tensor]:
+    """Containers of symbols [B, N], one after the other as uint8 [bytes], and their sizes, int64 [B].
+
+    indexes: int32 or uint8 levels or fp32 scales [B, N]; steps int64 [S]: elements of each step, N in all. A negative
+    first size is a status.
+    """
+    tables, first = Tables(packed), head.numpy().tobytes()
+    try:
+        containers = [
+            write(first, _encode_one(tables, row, index, steps.tolist(), lanes, streams, skip))
+            for row, index in zip(symbols.numpy().astype(np.int64), indexes.numpy(), strict=True)
+        ]
+    except Refused as refused:
+        return torch.empty(0, dtype=torch.uint8), torch.tensor([-refused.status])
+    data = torch.frombuffer(bytearray(b"".join(containers)), dtype=torch.uint8) if containers else head[:0]
+    return data, torch.tensor([*map(len, containers)] or [0], dtype=torch.int64)
+
+
+def _encode_one(
+    tables: Tables, symbols: np.ndarray, indexes: np.ndarray, steps: list[int], lanes: int, streams: int, skip: int
+) -> list[tuple[int, np.ndarray, list[int], list[int]]]:
+    levels, coders, end = tables.of(indexes), [_Encoder(tables, lanes) for _ in range(streams)], len(symbols)
+    for step in reversed(steps):
+        for coder, share in zip(coders, shares(step, lanes, streams), strict=True):
+            own, values = levels[end - step : end][share], symbols[end - step : end][share]
+            coded = ~_skipped(tables, own, skip)
+            if values[~coded].any():
+                raise Refused(NOT_ZERO)
+            own, values = own[coded], values[coded]
+            for i in range((len(own) - 1) // lanes * lanes, -1, -lanes):
+                coder.row(own[i : i + lanes], values[i : i + lanes])
+        end -= step
+    for coder in coders:
+        if coder.in_tail:
+            coder.lift()
+    return [(coder.rows, coder.x, coder.words[::-1], coder.escapes[::-1]) for coder in coders]
+
+
+def _skipped(tables: Tables, levels: np.ndarray, skip: int) -> np.ndarray:
+    return (levels >= tables.ladder) & (levels < tables.ladder + skip)
+
+
+class _Decoder:
+    """One stream, from its state on."""
+
+    def __init__(self, tables: Tables, data: bytes, stream: np.ndarray, x: np.ndarray, lanes: int) -> None:
+        self.tables, self.data, self.stream, self.x = tables, data, stream, x[:lanes]
+
+    def take(self, at: int, left: int, width: int, signed: bool) -> int:
+        if self.stream[left] == 0:
+            raise Refused(RAN_OUT)
+        first = int(self.stream[at])
+        self.stream[at] += width
+        self.stream[left] -= 1
+        return int.from_bytes(self.data[first : first + width], "little", signed=signed)
+
+    def refill(self, x: np.ndarray, allowed: np.ndarray) -> None:
+        if self.stream[ROWS] >= 0:
+            for i in np.flatnonzero((x < LOW) & allowed):
+                x[i] = x[i] << 16 | self.take(WORD_AT, WORDS, 2, False)
+
+    def enter_tail(self) -> None:
+        if self.stream[ROWS] == 0:
+            self.x -= np.uint32(LOW)
+            self.stream[ROWS] = -1
+
+    def row(self, levels: np.ndarray) -> np.ndarray:
+        self.enter_tail()
+        t, n, active = self.tables, self.tables.precision, len(levels)
+        x = self.x[:active].astype(np.int64)
+        row, shift = t.row[levels], t.shift[levels]
+        slot = x & (1 << n) - 1
+        number = (t.starts[row] <= slot[:, None]).sum(1) - 1
+        start = t.starts[row, number]
+        x = (t.starts[row, number + 1] - start) * (x >> n) + slot - start
+        self.refill(x, np.ones(active, bool))
+        raw = x & (1 << shift) - 1
+        x = x >> shift
+        self.refill(x, shift > 0)
+        value = number + t.offset[levels]
+        for i in np.flatnonzero(number == t.size[levels]):
+            value[i] = self.take(ESCAPE_AT, ESCAPES, int(self.stream[ESCAPE_WIDTH]), True)
+        self.x[:active] = x.astype(np.uint32)
+        if self.stream[ROWS] > 0:
+            self.stream[ROWS] -= 1
+        return _int32((value << shift) + raw - (1 << shift >> 1))
+
+
+def rans_coder_decode_(
+    streams: list[Tensor], states: list[Tensor], indexes: Tensor, packed: Tensor, symbols: Tensor, last: bool
+) -> None:
+    """Decodes the next step of B containers into symbols [B, n]; states move on.
+
+    indexes [B, n] as in rans_coder_encode. Where `last`, nothing may be left over. The first state's status says how it
+    went.
+    """
+    tables, (batch, n) = Tables(packed), symbols.shape
+    out = symbols.numpy()
+    try:
+        for b in range(batch):
+            head = states_of(states[b])[0]
+            if head[ELEMENTS] - head[ELEMENTS_DONE] < n:
+                raise Refused(LEFT_OVER)
+            out[b] = _decode_one(tables, streams[b].numpy().tobytes(), states[b], indexes[b].numpy())
+            head[ELEMENTS_DONE] += n
+            head[STEPS_DONE] += not last or n > 0
+            if last:
+                _finish(states[b])
+    except Refused as refused:
+        states[0][STATUS] = refused.status
+
+
+def _decode_one(tables: Tables, data: bytes, state: Tensor, indexes: np.ndarray) -> np.ndarray:
+    head, streams, states = states_of(state)
+    levels, symbols = tables.of(indexes), np.zeros(len(indexes), np.int32)
+    lanes = int(head[LANES])
+    for stream, x, share in zip(streams, states, shares(len(levels), lanes, int(head[STREAMS])), strict=True):
+        coder = _Decoder(tables, data, stream, x, lanes)
+        coded = ~_skipped(tables, levels[share], int(head[SKIP]))
+        own = levels[share][coded]
+        values = [coder.row(own[i : i + lanes]) for i in range(0, len(own), lanes)]
+        if values:
+            symbols[np.flatnonzero(coded) + share.start] = np.concatenate(values)
+        coder.enter_tail()
+    return symbols
+
+
+def _finish(state: Tensor) -> None:
+    head, streams, states = states_of(state)
+    clean = head[ELEMENTS_DONE] == head[ELEMENTS] and (head[STEPS] == 0 or head[STEPS] == head[STEPS_DONE])
+    for stream, x in zip(streams, states, strict=True):
+        x = x[: head[LANES]] - np.uint32(LOW if stream[ROWS] == 0 else 0)
+        clean = clean and not x.any() and stream[WORDS] == 0 and stream[ESCAPES] == 0 and stream[ROWS] <= 0
+    if not clean:
+        raise Refused(LEFT_OVER)
