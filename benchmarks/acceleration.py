@@ -98,8 +98,9 @@ def _compare(model: str, options: argparse.Namespace) -> tuple[list[dict[str, st
     config.validate()
     entered = [Contender(name, dataclasses.replace(config, accelerate=name != STOCK)) for name in (STOCK, SAME, OWN)]
     with collector_off():
-        for _ in optional_import("tqdm").tqdm(range(options.steps), desc=model, unit="step"):
-            for contender in entered:
+        for turn in optional_import("tqdm").tqdm(range(options.steps), desc=model, unit="step"):
+            first = turn % len(entered)  # who comes after whom is no one's advantage
+            for contender in entered[first:] + entered[:first]:
                 contender.step()
     device, stock = entered[0].trainer.device, entered[0]
     shared = {
