@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 SOURCES := $(shell find csrc -type f) lic_fast/_build.py
 OPS := $(basename $(notdir $(wildcard lic_fast/ops/[a-z]*.py)))
 
-.PHONY: demo test native test-interpret compile-kernels gpu bench lint clean
+.PHONY: demo test native test-interpret compile-kernels fuzz gpu bench lint clean
 
 demo: native
 	$(RUN) -m lic_fast.benchmarks.demo
@@ -34,6 +34,10 @@ test-interpret: native
 compile-kernels: native
 	$(RUN) -m pytest -q tests/test_compile_kernels.py tests/test_packaging.py
 
+# A million damaged streams through the decoders under sanitizers; `make test` has a tenth of it.
+fuzz: native
+	LIC_FAST_FUZZ_CASES=1000000 $(RUN) -m pytest -q -rs -s tests/test_rans_fuzz.py
+
 bench: native
 	$(RUN) -m lic_fast bench
 
@@ -48,7 +52,7 @@ gpu:
 lint: $(VENV)/.installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror $(filter csrc/%,$(SOURCES))
+	$(VENV)/bin/clang-format --dry-run --Werror $(filter csrc/%,$(SOURCES)) $(wildcard tests/fuzz/*)
 
 clean:
 	rm -rf build dist demo *.egg-info lic_fast/*.so lic_fast/_build_info.json lic_fast/_build.log

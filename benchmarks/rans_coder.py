@@ -2,13 +2,16 @@
 
 Every contender gets the symbols and scales as tensors and gives bytes (or the symbols); what it needs in between, lists
 or arrays or indexes, counts. "indexes given" leaves build_indexes out. Each is checked by decoding what it encoded.
+Then GaussianConditional's compress() and decompress() in both formats: from y, scales and means to strings and back.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +26,7 @@ from ._harness import OURS, Case, Expected, Group, Settings
 SYMBOLS, QUICK_SYMBOLS = 1_500_000, 1 << 11
 _SEED = 19
 _SCALES = (("scales 0.11 to 64", 64.0), ("scales 0.11 to 4", 4.0), ("scales 0.11 to 1", 1.0))
+_LATENTS = ((1, 320, 32, 48), (1, 192, 32, 48))
 _VARIANTS = {1: "scalar", 2: "AVX2", 3: "AVX-512, loads", 4: "AVX-512, gathers"}
 
 
@@ -156,8 +160,65 @@ def _contenders(symbols: Tensor, scales: Tensor, settings: Settings) -> tuple[li
     return found, left_out
 
 
+def _conditionals(y: Tensor, scales: Tensor, means: Tensor) -> list[Contender]:
+    import compressai.entropy_models as stock
+    from compressai.models.base import get_scale_table
+
+    from ..entropy import GaussianConditional
+
+    def contender(name: str, model: Any, indexes: Callable[[], Tensor], **format: str) -> Contender:
+        return Contender(
+            name,
+            lambda: model.compress(y, indexes(), means, **format)[0],
+            lambda stream: model.decompress([stream], indexes(), means=means, **format),
+        )
+
+    table = get_scale_table().tolist()
+    models = [GaussianConditional(table), stock.GaussianConditional(table)]
+    for model in models:
+        model.update()
+    ours, theirs = models
+    return [
+        contender(OURS + "format lic_fast, scales", ours, lambda: scales, format="lic_fast"),
+        contender(OURS + "format lic_fast, scale_indexes", ours, lambda: ours.scale_indexes(scales), format="lic_fast"),
+        contender(OURS + "format compressai", ours, lambda: ours.build_indexes(scales)),
+        contender("compressai", theirs, lambda: theirs.build_indexes(scales)),
+    ]
+
+
+def _model_groups(settings: Settings) -> Iterator[Group]:
+    """A GaussianConditional's latents in both formats."""
+    if importlib.util.find_spec("compressai") is None:
+        return
+    for shape in _LATENTS:
+        shape = (1, 8, *shape[2:]) if settings.quick else shape
+        residual, scales = (t.view(shape) for t in _inputs(math.prod(shape), 4.0))
+        means = torch.randn(shape, generator=torch.Generator().manual_seed(_SEED + 1))
+        y = residual + means
+        contenders = _conditionals(y, scales, means)
+        expected = Expected([((y - means).round() + means).double()], [0.0], [torch.float32])
+        streams = {one.name: one.encode() for one in contenders}
+        sizes = [len(streams[one.name]) for one in (contenders[0], contenders[-1])]
+        for direction in ("compress", "decompress"):
+            yield Group(
+                op="rans_coder",
+                case=f"GaussianConditional.{direction}",
+                inputs=f"{list(shape)}, {sizes[0]} bytes, in CompressAI's format {sizes[1]}",
+                dtype="fp32",
+                device=settings.device,
+                cases=[_case(one, direction == "compress", streams[one.name], 12 * y.numel()) for one in contenders],
+                expected=expected,
+            )
+
+
+def _case(one: Contender, encodes: bool, stream: bytes, bytes_beside: int) -> Case:
+    run = one.encode if encodes else lambda: one.decode(stream)
+    outputs = (lambda result: [one.decode(result).float()]) if encodes else lambda symbols: [symbols.float()]
+    return Case(one.name, run, outputs, bytes_beside + len(stream), 0)
+
+
 def groups(settings: Settings) -> Iterator[Group]:
-    """Encoding and decoding at three spreads of scales, on the CPU only; --quick takes fewer symbols."""
+    """Encoding and decoding at three spreads of scales and of two latents, on the CPU only; --quick takes fewer."""
     if settings.device.type != "cpu":
         return
     count = QUICK_SYMBOLS if settings.quick else SYMBOLS
@@ -168,23 +229,14 @@ def groups(settings: Settings) -> Iterator[Group]:
         streams = {one.name: one.encode() for one in contenders}
         ours = streams[contenders[0].name]
         for direction in ("encode", "decode"):
-            cases = []
-            for one in contenders:
-                stream = streams[one.name]
-                moved = count * 8 + len(stream)
-                if direction == "encode":
-                    back = lambda result, one=one: [one.decode(result).float()]  # noqa: E731
-                    cases.append(Case(one.name, one.encode, back, moved, 0))
-                else:
-                    run = lambda one=one, stream=stream: one.decode(stream)  # noqa: E731
-                    cases.append(Case(one.name, run, lambda symbols: [symbols.float()], moved, 0))
             yield Group(
                 op="rans_coder",
                 case=f"{direction}, {name}",
                 inputs=f"{count} symbols, {8 * len(ours) / count:.4f} bits each",
                 dtype="int32",
                 device=settings.device,
-                cases=cases,
+                cases=[_case(one, direction == "encode", streams[one.name], count * 8) for one in contenders],
                 expected=expected,
                 left_out=left_out,
             )
+    yield from _model_groups(settings)

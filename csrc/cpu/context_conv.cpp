@@ -4,6 +4,7 @@
 // a masked convolution reads, and packed once instead of at every pixel. The order of the sums is that of oneDNN's
 // direct convolution on AVX-512 (found by trying orders): of 16 channels at a time, one chain of fused multiply-adds
 // over taps and channels; the blocks' sums are added one after the other, the bias to the first. One thread.
+#include "common/tensors.h"
 #include "cpu/simd.h"
 
 namespace lic_fast {

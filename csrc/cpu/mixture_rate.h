@@ -3,10 +3,12 @@
 // A stretch is walked in blocks: their noise is made at once, then vector after vector is loaded, widened, computed and
 // stored. A mixture keeps what its components have come to in a few vectors a component on the stack.
 // The slopes are stacked planes of y's shape: the derivatives of an element's rate by y_hat - mean of each component,
-// by each scale, in a mixture by each weight, and log p where the likelihood is bounded.
+// by each scale, and in a mixture by each weight. Their last bits are notes of the bounds: those by a scale say whether
+// it lay below its own, those by the first component's distance whether the likelihood did.
 #pragma once
 
 #include "common/likelihood.h"
+#include "common/tensors.h"
 #include "cpu/noise.h"
 
 namespace lic_fast {

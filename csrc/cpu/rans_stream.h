@@ -87,7 +87,8 @@ inline Share share_of(int64_t elements, const Layout& layout, int64_t stream) {
 
 template <class Index>
 LIC_FAST_INLINE bool skipped(const Tables& tables, Index index, int64_t skip) {
-  return static_cast<uint32_t>(level_of(tables, index) - tables.ladder) < static_cast<uint32_t>(skip);
+  const auto level = static_cast<uint32_t>(level_of(tables, index));  // of an index that nobody has checked yet
+  return level - static_cast<uint32_t>(tables.ladder) < static_cast<uint32_t>(skip);
 }
 
 // Decodes a step's share of a stream into symbols.

@@ -15,8 +15,6 @@
 #include <immintrin.h>
 #endif
 
-#include "common/tensors.h"
-
 #define LIC_FAST_INLINE inline __attribute__((always_inline))
 #if defined(__x86_64__)
 #define LIC_FAST_TARGET(isa) __attribute__((target(isa)))

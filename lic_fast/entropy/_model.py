@@ -14,12 +14,15 @@ import torch
 from compressai.entropy_models import EntropyModel
 from torch import Tensor
 
+from ..coding import Tables
 from ..functional.likelihood import COMPRESSAI_BOUND
+from ._bitstream import decode_samples, encode_samples, is_own
 from ._coder import Coder
 
 _TABLES = ("_quantized_cdf", "_cdf_length", "_offset")
 _MADE_FROM, _CODER, _NUMBERS = "_lic_fast_values_then", "_lic_fast_coding", "_lic_fast_numbers"
-_CACHES = (_CODER, _NUMBERS)
+OWN_TABLES = "_lic_fast_own_tables"
+_CACHES = (_CODER, _NUMBERS, OWN_TABLES)
 _ROUNDED = {dtype: float(torch.tensor(COMPRESSAI_BOUND, dtype=dtype)) for dtype in (torch.float16, torch.bfloat16)}
 BOUNDS, NOISES = ("compressai", "none"), ("counter", "torch")
 
@@ -48,7 +51,8 @@ class FastEntropyModel(EntropyModel):
     values that came with them; tables that CompressAI's class made, to those at the time of accelerate(); others, to
     those at their first use. They are kept, bit for bit, until such a value changes. Moving the module to another
     device or dtype keeps them too. Streams decode with the tables that they were coded with: save the state dict after
-    update(), or after the first compress(), and give decoders that.
+    update(), or after the first compress(), and give decoders that. What format="lic_fast" codes an EntropyBottleneck
+    with is made of these same integers, and so has no place of its own in a state dict.
     """
 
     bound: str = "compressai"
@@ -86,6 +90,7 @@ class FastEntropyModel(EntropyModel):
 
     _lic_fast_sources: Callable[[], dict[str, Tensor]]  # what the tables are made from, by its name in the state dict
     _lic_fast_make: Callable[[], None]  # makes the tables
+    _lic_fast_tables: Callable[[], Tables]  # what format="lic_fast" codes with
 
     def _lic_fast_values(self) -> Tensor:
         return torch.cat([value.detach().flatten() for value in self._lic_fast_sources().values()])
@@ -93,6 +98,7 @@ class FastEntropyModel(EntropyModel):
     def _lic_fast_stamp(self) -> None:
         self.__dict__[_MADE_FROM] = self._lic_fast_values()
         self.__dict__.pop(_CODER, None)
+        self.__dict__.pop(OWN_TABLES, None)
 
     def _lic_fast_stale(self) -> bool:
         """Whether the tables must be made: there are none, or they were made from other values."""
@@ -129,18 +135,29 @@ class FastEntropyModel(EntropyModel):
         self._lic_fast_refresh()
         return self._offset
 
-    def _lic_fast_coder(self) -> Coder:
-        """The coder of the tables as they are now; made anew when one of the tables is another, or was changed."""
+    def _lic_fast_kept(self, name: str, make: Callable[[], Any]) -> Any:
+        """What `make` makes of the tables as they are now; made anew when one of them is another, or was changed."""
         self._lic_fast_refresh()
         self._check_cdf_size(), self._check_cdf_length(), self._check_offsets_size()
-        tables = [self._buffers[name] for name in _TABLES]
+        tables = [self._buffers[table] for table in _TABLES]
         state = [(table, 0 if table.is_inference() else table._version) for table in tables]
-        kept, coder = self.__dict__.get(_CODER, ((), None))
-        same = len(kept) == len(state) and all(a is b and v == w for (a, v), (b, w) in zip(kept, state, strict=True))
-        if not same or coder.entropy_coder is not self.entropy_coder:
-            coder = Coder(self)
-            self.__dict__[_CODER] = (state, coder)
+        kept, made = self.__dict__.get(name, ((), None))
+        if len(kept) != len(state) or any(a is not b or v != w for (a, v), (b, w) in zip(kept, state, strict=True)):
+            made = make()
+            self.__dict__[name] = (state, made)
+        return made
+
+    def _lic_fast_coder(self) -> Coder:
+        """The coder of the tables as they are now."""
+        coder = self._lic_fast_kept(_CODER, lambda: Coder(self))
+        if coder.entropy_coder is not self.entropy_coder:
+            self.__dict__.pop(_CODER)
+            coder = self._lic_fast_kept(_CODER, lambda: Coder(self))
         return coder
+
+    def _lic_fast_levels(self, indexes: Tensor) -> Tensor:
+        """What format="lic_fast" takes for `indexes`."""
+        return indexes
 
     # Life of a module
 
@@ -193,18 +210,24 @@ class FastEntropyModel(EntropyModel):
 
     # Coding
 
-    def compress(self, inputs: Tensor, indexes: Tensor, means: Tensor | None = None) -> list[bytes]:
-        """One stream for each sample of inputs [B, ...]; CompressAI's bytes.
+    def compress(
+        self, inputs: Tensor, indexes: Tensor, means: Tensor | None = None, *, format: str = "compressai"
+    ) -> list[bytes]:
+        """One stream for each sample of inputs [B, ...]: CompressAI's bytes, or containers of lic_fast's bitstream.
 
         indexes [B, ...]: rows of the tables; means: subtracted before rounding, broadcast. Streams of zero and of one
-        symbol work, which CompressAI writes outside its buffer.
-        Raises ValueError for shapes and indexes.
+        symbol work, which CompressAI writes outside its buffer. format: "compressai" or "lic_fast" (docs/BITSTREAM.md),
+        for which GaussianConditional takes other indexes, those of scale_indexes() or the scales themselves.
+        Raises ValueError for shapes, indexes and an unknown format.
         """
+        own = is_own(f"{type(self).__name__}.compress", format)
         symbols = self.quantize(inputs, "symbols", means)
         if inputs.dim() < 2:
             raise ValueError("Invalid `inputs` size. Expected a tensor with at least 2 dimensions.")
         if inputs.size() != indexes.size():
             raise ValueError("`inputs` and `indexes` should have the same size.")
+        if own:
+            return encode_samples(symbols, self._lic_fast_levels(indexes), self._lic_fast_tables())
         coder = self._lic_fast_coder()
         symbols, indexes = (t.to("cpu", torch.int32).contiguous() for t in (symbols, indexes))
         return [coder.encode(*pair) for pair in zip(symbols, indexes, strict=True)]
@@ -215,28 +238,36 @@ class FastEntropyModel(EntropyModel):
         indexes: Tensor,
         dtype: torch.dtype = torch.float,
         means: Tensor | None = None,
+        *,
+        format: str = "compressai",
     ) -> Tensor:
         """The values that compress() coded, of indexes' shape, on the tables' device: means' dtype, or `dtype`.
 
-        Raises ValueError for arguments that do not fit each other, BitstreamError (a ValueError) for a stream that is
-        truncated, TypeError for one that is not bytes.
+        format, indexes: those of compress().
+        Raises ValueError for arguments that do not fit each other and an unknown format, TypeError for a stream that is
+        not bytes, BitstreamError (a ValueError) for one that is truncated; of lic_fast's format also for one that is
+        damaged, of another format, or was made with other indexes, tables or shapes.
         """
+        own = is_own(f"{type(self).__name__}.decompress", format)
         if not isinstance(strings, (tuple, list)):
             raise ValueError("Invalid `strings` parameter type.")
         if len(strings) != indexes.size(0):
             raise ValueError("Invalid strings or indexes parameters")
         if indexes.dim() < 2:
             raise ValueError("Invalid `indexes` size. Expected a tensor with at least 2 dimensions.")
-        coder = self._lic_fast_coder()
+        coder = None if own else self._lic_fast_coder()
         if means is not None:
             if means.size()[:2] != indexes.size()[:2]:
                 raise ValueError("Invalid means or indexes parameters")
             if means.size() != indexes.size() and any(size != 1 for size in means.size()[2 : indexes.dim()]):
                 raise ValueError("Invalid means parameters")
-        rows = indexes.to("cpu", torch.int32).contiguous()
-        outputs = torch.empty(rows.shape, dtype=torch.int32)
-        for i, stream in enumerate(strings):
-            outputs[i] = coder.decode(stream, rows[i])
+        if coder is None:
+            outputs = decode_samples(strings, self._lic_fast_levels(indexes), self._lic_fast_tables())
+        else:
+            rows = indexes.to("cpu", torch.int32).contiguous()
+            outputs = torch.empty(rows.shape, dtype=torch.int32)
+            for i, stream in enumerate(strings):
+                outputs[i] = coder.decode(stream, rows[i])
         return self.dequantize(outputs.to(self._quantized_cdf.device), means, dtype)
 
 

@@ -11,8 +11,10 @@ import compressai.entropy_models
 import torch
 from torch import Tensor, nn
 
+from ..coding import Tables
 from ..functional import factorized_rate, pack_factorized
-from ._model import FastEntropyModel, common_dtype
+from ._bitstream import tables_of_cdfs
+from ._model import OWN_TABLES, FastEntropyModel, common_dtype
 
 __all__ = ["EntropyBottleneck", "solve_quantiles"]
 
@@ -81,18 +83,28 @@ class EntropyBottleneck(FastEntropyModel, compressai.entropy_models.EntropyBottl
         noise = x.new_empty((x.shape[1], x.shape[0], *x.shape[2:])).uniform_(-0.5, 0.5)
         return (x + noise.transpose(0, 1)).contiguous()
 
-    def compress(self, x: Tensor) -> list[bytes]:
-        """One stream for each sample of x [B, C, *]; CompressAI's bytes. Raises ValueError for shapes."""
-        indexes = self._build_indexes(x.size())
-        return super().compress(x, indexes, self._lic_fast_medians(len(x), x.dim() - 2))
+    def compress(self, x: Tensor, *, format: str = "compressai") -> list[bytes]:
+        """One stream for each sample of x [B, C, *].
 
-    def decompress(self, strings: list[bytes], size: tuple[int, ...]) -> Tensor:
+        format: "compressai" (its bytes) or "lic_fast" (docs/BITSTREAM.md). Raises ValueError for shapes and an unknown
+        format.
+        """
+        indexes = self._build_indexes(x.size())
+        return super().compress(x, indexes, self._lic_fast_medians(len(x), x.dim() - 2), format=format)
+
+    def decompress(self, strings: list[bytes], size: tuple[int, ...], *, format: str = "compressai") -> Tensor:
         """[B, C, *size] of the parameters' dtype. Raises what GaussianConditional.decompress raises."""
         if not isinstance(strings, (tuple, list)):
             raise ValueError("Invalid `strings` parameter type.")
         indexes = self._build_indexes((len(strings), self.quantized_cdf.size(0), *size))
         medians = self._lic_fast_medians(len(strings), len(size))
-        return FastEntropyModel.decompress(self, strings, indexes, medians.dtype, medians)
+        return FastEntropyModel.decompress(self, strings, indexes, medians.dtype, medians, format=format)
+
+    def _lic_fast_tables(self) -> Tables:
+        """Of CompressAI's tables, which are the trained density in integers and are in every state dict."""
+        return self._lic_fast_kept(
+            OWN_TABLES, lambda: tables_of_cdfs(self._quantized_cdf, self._cdf_length, self._offset)
+        )
 
     def _lic_fast_medians(self, samples: int, dims: int) -> Tensor:
         medians = self._extend_ndims(self._get_medians().detach(), dims)

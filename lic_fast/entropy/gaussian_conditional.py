@@ -6,10 +6,13 @@ import compressai.entropy_models
 import torch
 from torch import Tensor
 
+from .. import coding
 from ..functional import gaussian_rate
 from ._model import FastEntropyModel, common_dtype
 
 __all__ = ["GaussianConditional"]
+
+_FIRST_LEVEL_ENDS = 0.11328125  # of the scales that select level 0: a bound below it changes no index
 
 
 class ScaleTables(FastEntropyModel):
@@ -61,7 +64,8 @@ class GaussianConditional(ScaleTables, compressai.entropy_models.GaussianConditi
     Arguments, returns and state dict are CompressAI's. Where it differs: with noise "counter" the noise is another;
     likelihoods are fp32, also in modules and for inputs of fp16 and bf16, in which y_hat is (rounded after the
     likelihood was taken); a table of scales is not needed, and tables never stale (see FastEntropyModel, which also has
-    the settings `bound` and `noise`).
+    the settings `bound` and `noise`). compress() and decompress() have format="lic_fast", for indexes of
+    scale_indexes() or scales, coded with the constant tables that ship with lic_fast.
 
     forward raises what functional.gaussian_rate raises. Source: Balle et al., ICLR 2018 (arXiv 1802.01436); CompressAI.
     """
@@ -93,3 +97,28 @@ class GaussianConditional(ScaleTables, compressai.entropy_models.GaussianConditi
             y, scales, means, quantize=mode, scale_bound=scale_bound, bound=bound, output="likelihood"
         )
         return (y_hat.to(inputs.dtype) if outputs is None else outputs), likelihood
+
+    def scale_indexes(self, scales: Tensor) -> Tensor:
+        """The indexes of format="lic_fast", int32 of scales' shape on its device: 0 to 243, 16 to an octave of scale.
+
+        What build_indexes() is to CompressAI's format; the module's scale_table plays no part, its bound on scales
+        does. The bits of fp32 decide (other floating dtypes are converted first): a scale that differs in its last bit
+        may have another index. Encoder and decoder must come to their scales by the same arithmetic, on the same kind
+        of device.
+        Raises TypeError for scales that are not of a floating dtype.
+        """
+        return coding.scale_indexes(self._lic_fast_scales(scales))
+
+    def _lic_fast_scales(self, scales: Tensor) -> Tensor:
+        scales = scales.detach()
+        if scales.is_floating_point():
+            scales = scales.float()
+        bound = self._lic_fast_number("scale", self.lower_bound_scale.bound)
+        return scales.clamp(min=bound) if bound >= _FIRST_LEVEL_ENDS and scales.is_floating_point() else scales
+
+    def _lic_fast_levels(self, indexes: Tensor) -> Tensor:
+        """Scales, of any floating dtype, are indexes too: the coder takes the level of each itself."""
+        return self._lic_fast_scales(indexes) if indexes.is_floating_point() else indexes
+
+    def _lic_fast_tables(self) -> coding.Tables:
+        return coding.constant_tables("gaussian")

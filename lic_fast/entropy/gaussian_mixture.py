@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..functional import mixture_rate
+from ._bitstream import refuse_mixtures
 from ._coder import decode_rows, encode_intervals
 from ._model import common_dtype
 from .gaussian_conditional import ScaleTables
@@ -68,12 +69,16 @@ class GaussianMixtureConditional(ScaleTables, compressai.entropy_models.Gaussian
                 yield self._build_cdf(*parts, abs_max)
 
     @torch.no_grad()
-    def compress(self, y: Tensor, scales: Tensor, means: Tensor, weights: Tensor) -> tuple:
+    def compress(
+        self, y: Tensor, scales: Tensor, means: Tensor, weights: Tensor, *, format: str = "compressai"
+    ) -> tuple:
         """((stream, abs_max, zero_bitmap [C]), round(y)): one stream for y [1, C, H, W]; CompressAI's bytes.
 
         scales, means, weights [1, K * C, H, W]. Channels that are zero everywhere are not coded. Raises ValueError for
-        more than one sample, which CompressAI's format has no place for, and for no elements.
+        more than one sample, which CompressAI's format has no place for, and for no elements; NotImplementedError for
+        format "lic_fast".
         """
+        refuse_mixtures("GaussianMixtureConditional.compress", format)
         if y.dim() != 4 or y.shape[0] != 1 or y.numel() == 0:
             raise ValueError(
                 f"GaussianMixtureConditional.compress: y must be [1, C, H, W], got {list(y.shape)}; code one at a time"
@@ -95,13 +100,22 @@ class GaussianMixtureConditional(ScaleTables, compressai.entropy_models.Gaussian
 
     @torch.no_grad()
     def decompress(
-        self, strings: bytes, abs_max: int, zero_bitmap: Tensor, scales: Tensor, means: Tensor, weights: Tensor
+        self,
+        strings: bytes,
+        abs_max: int,
+        zero_bitmap: Tensor,
+        scales: Tensor,
+        means: Tensor,
+        weights: Tensor,
+        *,
+        format: str = "compressai",
     ) -> Tensor:
         """round(y) [1, C, H, W] fp32, on scales' device, from what compress() gives.
 
         Raises ValueError for more than one sample, and for a stream that is truncated, damaged or not of these
-        parameters.
+        parameters; NotImplementedError for format "lic_fast".
         """
+        refuse_mixtures("GaussianMixtureConditional.decompress", format)
         if scales.dim() != 4 or scales.shape[0] != 1:
             raise ValueError(
                 f"GaussianMixtureConditional.decompress: scales must be [1, K * C, H, W], got {list(scales.shape)}"
