@@ -1,7 +1,8 @@
-"""Image codecs: the container in which a compressed photograph is stored."""
+"""Image codecs: the container in which a compressed photograph is stored, and image models of our own."""
 
 from __future__ import annotations
 
 from lic_fast.codec.container import BitstreamError, Stream, pack, unpack
+from lic_fast.codec.msp import MSP_NAMES, MSPCodec
 
-__all__ = ["BitstreamError", "Stream", "pack", "unpack"]
+__all__ = ["MSP_NAMES", "BitstreamError", "MSPCodec", "Stream", "pack", "unpack"]

@@ -1,4 +1,4 @@
-"""Drop-ins for CompressAI's modules, on fused ops. A name is imported at its first use: compressai is optional."""
+"""Drop-ins for CompressAI's modules, and a model of our own; imported at first use, compressai being optional."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ _SUBMODULES = {
     "GDN1": "gdn",
     "GaussianConditional": "gaussian_conditional",
     "GaussianMixtureConditional": "gaussian_mixture",
+    "MSPEntropyModel": "msp",
+    "PROFILES": "msp",
+    "Profile": "msp",
+    "Schedule": "_schedule",
     "solve_quantiles": "entropy_bottleneck",
 }
 __all__ = [*_SUBMODULES]

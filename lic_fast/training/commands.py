@@ -35,8 +35,8 @@ def add_train_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "train",
         argument_default=argparse.SUPPRESS,  # --resume takes what was not given from the run
-        help="train a CompressAI image model",
-        description="Train a CompressAI image model; write checkpoint.pt, log.csv, config.json and loss.png.",
+        help="train an image model of CompressAI, or lic_fast's own",
+        description="Train an image model; write checkpoint.pt, log.csv, config.json and loss.png.",
     )
 
     def option(flag: str, text: str, **kwargs: Any) -> None:
@@ -44,7 +44,7 @@ def add_train_parser(subparsers: Any) -> None:
         shown = not (default is None or isinstance(default, bool) or default is dataclasses.MISSING)
         parser.add_argument(flag, help=f"{text} (default: {default})" if shown else text, **kwargs)
 
-    option("--model", "a CompressAI image model, for example mbt2018-mean; an unknown name lists them all")
+    option("--model", "an image model, for example mbt2018-mean or msp-base; an unknown name lists them all")
     option("--output", "folder of the run", metavar="DIR", required=True)
     option(
         "--resume",

@@ -87,7 +87,8 @@ class ImageCodec:
                 self.device = torch.device("cpu")
             _logger.warning("%s: %s codes one latent after another, on %s", command, self.config.model, self.device)
         self._prepare(checkpoint)
-        self.multiple = max(64, getattr(self.model, "downsampling_factor", 64))
+        own = getattr(self.model, "padding_multiple", None)
+        self.multiple = own or max(64, getattr(self.model, "downsampling_factor", 64))
 
     def _prepare(self, checkpoint: str | Path) -> None:
         """Build the tables from the weights as they are now (training leaves none), always on the CPU."""
@@ -108,7 +109,7 @@ class ImageCodec:
         self.model.to(self.device)
 
     def _padded(self, pixels) -> Tensor:
-        """[H, W, 3] uint8 -> [1, 3, H', W'] in [0, 1]; H', W' are multiples of 64, the edges repeated."""
+        """[H, W, 3] uint8 -> [1, 3, H', W'] in [0, 1]; H', W' multiples of what the model asks; edges repeated."""
         x = to_tensor(pixels)[None].to(self.device).float().div_(255)
         height, width = x.shape[-2:]
         return F.pad(x, (0, -width % self.multiple, 0, -height % self.multiple), mode="replicate")

@@ -1,4 +1,4 @@
-"""The CompressAI image models that train with one plain rate-distortion loss, by name."""
+"""The image models that train with one plain rate-distortion loss, by name: CompressAI's, and MSPCodec."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lic_fast.codec import MSP_NAMES, MSPCodec
 from lic_fast.patch import accelerate
 from lic_fast.training.config import LAMBDAS, TrainConfig
 from lic_fast.training.errors import TrainingError, optional_import
@@ -17,6 +18,7 @@ from lic_fast.training.precision import keep_entropy_fp32
 
 _HIGHER_LAMBDAS = (0.0932, 0.1800)  # CompressAI's qualities 7 and 8, which complete its table
 _MIN_CHANNELS = 4
+_SIZED_LIKE = {name: "elic2022-official" if name.endswith("-elic") else "mbt2018-mean" for name in MSP_NAMES}
 _logger = logging.getLogger("lic_fast.training")
 
 
@@ -34,6 +36,7 @@ def _registered() -> tuple[dict[str, type], tuple[str, ...]]:
             refused.append(name)
         else:
             trained[name] = cls
+    trained.update(dict.fromkeys(MSP_NAMES, MSPCodec))
     return dict(sorted(trained.items())), tuple(refused)
 
 
@@ -84,8 +87,10 @@ def resolve_channels(name: str, channels: tuple[int, ...] | None, lmbda: float) 
 
 
 def _default_channels(name: str, parameters: Any, wanted: list[str], lmbda: float) -> tuple[int, ...]:
-    table = optional_import("compressai.zoo.image").cfgs.get(name)
+    like = _SIZED_LIKE.get(name, name)
+    table = optional_import("compressai.zoo.image").cfgs.get(like)
     if table is None:
+        parameters = inspect.signature(model_class(like).__init__).parameters
         return tuple(parameters[key].default for key in wanted)
     ladder = LAMBDAS + _HIGHER_LAMBDAS
     quality = 1 + min(range(len(ladder)), key=lambda i: abs(ladder[i] - lmbda))
@@ -95,6 +100,8 @@ def _default_channels(name: str, parameters: Any, wanted: list[str], lmbda: floa
 def build_model(name: str, channels: tuple[int, ...]) -> torch.nn.Module:
     """Model `name` with its random initial weights. ELIC with M <= 128 gets groups as 1:1:2:4:12."""
     cls = model_class(name)
+    if cls is MSPCodec:
+        return MSPCodec.from_name(name, *channels)
     if "groups" in inspect.signature(cls.__init__).parameters and channels[1] <= 128:
         m = channels[1]
         first = [m // 20, m // 20, m // 10, m // 5]

@@ -1,0 +1,104 @@
+"""A complete image model around MSPEntropyModel: what CompressAI's models take and return (docs/MSP.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..functional.coding import BitstreamError
+from ._transforms import DOWNSAMPLING, TRANSFORMS
+
+_PROFILES = ("fast", "base", "max")
+MSP_NAMES = {
+    f"msp-{profile}{suffix}": {"profile": profile, "transforms": transforms}
+    for suffix, transforms in (("", "light"), ("-elic", "elic"))
+    for profile in _PROFILES
+}
+"""The names by which `lic-fast train --model` knows these codecs."""
+
+
+class MSPCodec(nn.Module):
+    """Analysis, MSPEntropyModel without a hyperprior, synthesis.
+
+    N, M: channels of the transforms and of the latent. profile: "fast", "base", "max", or a lic_fast.entropy.Profile.
+    transforms: "light" (those of CompressAI's mbt2018) or "elic". mixture: as in MSPEntropyModel; above 1 for training
+    and evaluation only. The layers are CompressAI's, which must be installed.
+
+    Raises ValueError for profiles, transforms and sizes, ImportError without CompressAI.
+    Source: Zhang et al. (arXiv 2210.04112) for the probability model, reconstructed; the transforms are as said.
+    """
+
+    downsampling_factor = DOWNSAMPLING
+    padding_multiple = (
+        DOWNSAMPLING  # any latent has a schedule: images need no more padding than the transforms ask for
+    )
+
+    def __init__(
+        self, N: int = 128, M: int = 192, *, profile: object = "base", transforms: str = "light", mixture: int = 1
+    ) -> None:
+        super().__init__()
+        from ..entropy import MSPEntropyModel  # which imports compressai
+
+        if transforms not in TRANSFORMS:
+            raise ValueError(f"MSPCodec: transforms must be one of {', '.join(TRANSFORMS)}, got {transforms!r}")
+        self.g_a, self.g_s = TRANSFORMS[transforms](N, M)
+        self.entropy_model = MSPEntropyModel(M, profile, mixture=mixture)
+
+    @classmethod
+    def from_name(cls, name: str, N: int = 128, M: int = 192) -> MSPCodec:
+        """The codec that `lic-fast train --model name` trains. Raises ValueError for names not in MSP_NAMES."""
+        if name not in MSP_NAMES:
+            raise ValueError(f"MSPCodec: unknown name, got {name!r}; use one of {', '.join(MSP_NAMES)}")
+        return cls(N, M, **MSP_NAMES[name])
+
+    def forward(self, x: Tensor) -> dict[str, Tensor | dict[str, Tensor]]:
+        """{"x_hat" [B, 3, H, W], "likelihoods": {"y" [B, M, H / 16, W / 16]}} of x [B, 3, H, W] in [0, 1].
+
+        In training mode by noise and straight-through rounding (MSPEntropyModel.forward), else exactly what
+        decompress() gives, up to what a batch or a clamp to [0, 1] changes.
+        Raises ValueError where H or W is not a positive multiple of 16.
+        """
+        y_hat, likelihoods = self.entropy_model(self.g_a(self._checked("forward", x)))
+        return {"x_hat": self.g_s(y_hat), "likelihoods": {"y": likelihoods}}
+
+    def _checked(self, function: str, x: Tensor) -> Tensor:
+        sides = x.shape[2:]
+        if x.dim() != 4 or x.shape[1] != 3 or any(side == 0 or side % DOWNSAMPLING for side in sides):
+            raise ValueError(
+                f"MSPCodec.{function}: x must be [B, 3, H, W], H and W multiples of {DOWNSAMPLING}, got "
+                f"{list(x.shape)}; pad it"
+            )
+        return x
+
+    def aux_loss(self) -> Tensor:
+        """The auxiliary loss of the entropy model's quantiles."""
+        return self.entropy_model.aux_loss()
+
+    def update(self, scale_table: object = None, force: bool = False) -> bool:
+        """Makes the coding tables, where there are none or by force; returns whether it did.
+
+        scale_table is CompressAI's argument, of no meaning here. Raises ValueError for weights that are not finite.
+        """
+        return self.entropy_model.update(force=force)
+
+    @torch.no_grad()
+    def compress(self, x: Tensor) -> dict[str, list[list[bytes]] | torch.Size]:
+        """{"strings": [[bytes of each sample]], "shape": (h, w) of the latent} of x [B, 3, H, W] in [0, 1].
+
+        Raises what forward and MSPEntropyModel.compress raise.
+        """
+        y = self.g_a(self._checked("compress", x))
+        return {"strings": [self.entropy_model.compress(y)], "shape": y.shape[2:]}
+
+    @torch.no_grad()
+    def decompress(self, strings: Sequence[Sequence[bytes]], shape: Sequence[int]) -> dict[str, Tensor]:
+        """{"x_hat" [B, 3, 16 h, 16 w], clamped to [0, 1]} of what compress() gave.
+
+        Raises BitstreamError where strings are not [[bytes, ...]], and what MSPEntropyModel.decompress raises.
+        """
+        if len(strings) != 1 or not isinstance(strings[0], (list, tuple)):
+            raise BitstreamError(f"MSPCodec.decompress: strings must be one list of bytes, got {len(strings)} entries")
+        y_hat = self.entropy_model.decompress(strings[0], shape)
+        return {"x_hat": self.g_s(y_hat).clamp_(0, 1)}

@@ -1,0 +1,370 @@
+"""A multi-scale progressive model of a quantised latent, after Zhang et al. (arXiv 2210.04112); see docs/MSP.md."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..coding import Tables, constant_tables, factorized_tables, join_tables
+from ..functional import factorized_rate, gaussian_rate, mixture_rate, pack_factorized
+from ._msp_network import GridNetwork
+from ._msp_stream import Reader, Writer, gaussian_levels
+from ._schedule import Schedule, Step
+from .autoregressive import _threads
+from .entropy_bottleneck import EntropyBottleneck
+
+__all__ = ["PROFILES", "MSPEntropyModel", "Profile"]
+
+_SCALE_BOUND = 0.11
+_MOST_SYMBOL = 1 << 30
+_WORTH = 2.0**-18  # rarer symbols are cheaper as escapes than as an entry of a table of 2**14
+_WIDEST = 2047  # the coarsest grid's tables reach so far; what lies beyond is an escape
+_Visit = Callable[[Step, "Tensor | None"], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """The sizes of a model: grids, channel groups, width of the networks, residual blocks of a trunk."""
+
+    scales: int
+    groups: int
+    width: int
+    depth: int
+
+
+PROFILES = {
+    "fast": Profile(scales=3, groups=1, width=96, depth=1),
+    "base": Profile(scales=3, groups=2, width=128, depth=2),
+    "max": Profile(scales=3, groups=4, width=192, depth=3),
+}
+
+
+class MSPEntropyModel(nn.Module):
+    """Likelihoods of a latent, and its bytes, from coarse to fine in a number of steps that the profile alone sets.
+
+    channels: C of the latents [B, C, H, W], any H, W >= 1. profile: "fast" (10 steps), "base" (19), "max" (37), or a
+    Profile. mixture: Gaussians an element; more than one (3K parameters, rounding about 0) can be trained and
+    evaluated, not coded yet.
+
+    The coarsest grid has a learned density a channel. Every other step has scales and means from a network that sees
+    the values of all steps before, and no other. Training, encoding and decoding are one traversal of one Schedule,
+    with the same calls on tensors of the same shapes: on one machine and number of threads their parameters are equal
+    to the bit. Convolutions are not exact arithmetic: another machine may round otherwise. Streams say so
+    (exact=False), and carry a check of every step's levels: a decoder that computes others raises BitstreamError.
+
+    threads: with how many the networks run on the CPU in compress(), decompress(), step_parameters() and forward() in
+    eval mode. The default, 1, makes streams independent of torch.set_num_threads(), by which convolutions round
+    otherwise; None leaves torch's number, and ties a stream to it. Training is not affected.
+
+    The coding tables of the coarsest grid are made by update() and belong to the state dict.
+
+    Raises ValueError for profiles and sizes.
+    Source: Zhang et al. (arXiv 2210.04112): multi-scale, progressive, spatial and channel correlation, O(1) steps,
+    profiles. Its networks are not public to us: all sizes, the order and the networks are our reconstruction.
+    """
+
+    exact = False
+    threads: int | None = 1
+
+    def __init__(self, channels: int, profile: str | Profile = "base", *, mixture: int = 1) -> None:
+        super().__init__()
+        sizes = PROFILES.get(profile) if isinstance(profile, str) else profile
+        if not isinstance(sizes, Profile):
+            raise ValueError(f"MSPEntropyModel: profile must be one of {', '.join(PROFILES)}, got {profile!r}")
+        if not 1 <= mixture <= 16:
+            raise ValueError(f"MSPEntropyModel: mixture must be 1 to 16 components, got {mixture}")
+        self.schedule, self.profile, self.mixture = Schedule(channels, sizes.scales, sizes.groups), sizes, mixture
+        self.bottleneck = EntropyBottleneck(channels)
+        self.grids = nn.ModuleList(
+            GridNetwork(self.schedule, scale, sizes.width, sizes.depth, mixture)
+            for scale in reversed(range(sizes.scales))
+        )
+        self.register_buffer("tables", torch.empty(0, dtype=torch.uint8))
+        self._joined: tuple[bytes, Tables] | None = None
+
+    # Traversal
+
+    def _traverse(self, y: Tensor, visit: _Visit) -> None:
+        """Visits every step that has elements, in order, with its parameters (None for the coarsest grid).
+
+        visit returns the step's values [B, c, h, w], contiguous; grids are read from y, where they are by then.
+        """
+        coarsest = self.schedule.steps[0]
+        visit(coarsest, None)
+        state = None
+        for network, scale in zip(self.grids, reversed(range(self.profile.scales)), strict=True):
+            state = network.open(y[:, :, :: 2 << scale, :: 2 << scale].contiguous(), state)
+            for number, step in enumerate(self.schedule.at(scale)):
+                h, w = step.sides(*y.shape[2:])
+                if h and w:
+                    parameters = network.heads[number](state)[:, :, :h, :w]
+                    state = network.add(state, number, visit(step, parameters))
+
+    def _given(self, y_hat: Tensor, visit: Callable[[Step, Tensor | None], None]) -> None:
+        """_traverse where all values are known."""
+        parts = self.schedule.pack(y_hat).split(self.schedule.counts(*y_hat.shape[2:]), 1)
+
+        def known(step: Step, parameters: Tensor | None) -> Tensor:
+            visit(step, parameters)
+            h, w = step.sides(*y_hat.shape[2:])
+            return parts[step.index].reshape(len(y_hat), -1, h, w)
+
+        self._traverse(y_hat, known)
+
+    def _grown(self, y_hat: Tensor, code: Callable[[Step, Tensor, Tensor | None], Tensor]) -> None:
+        """_traverse where code(step, means, parameters) gives the rounded differences from the means; fills y_hat."""
+
+        def grow(step: Step, parameters: Tensor | None) -> Tensor:
+            place = step.of(y_hat)
+            if parameters is None:
+                means = self._medians().to(y_hat).view(1, -1, 1, 1).expand(place.shape)
+            elif self.mixture == 1:
+                means = parameters[:, place.shape[1] :]
+            else:
+                means = torch.zeros_like(place)
+            values = (code(step, means, parameters) + means).contiguous()
+            place.copy_(values)
+            return values
+
+        with self._own_threads(y_hat):
+            self._traverse(y_hat, grow)
+
+    def _own_threads(self, y: Tensor) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.threads is None or not y.is_cpu else _threads(self.threads)
+
+    def _medians(self) -> Tensor:
+        return self.bottleneck.quantiles[:, 0, 1].detach()
+
+    @torch.no_grad()
+    def step_parameters(self, y_hat: Tensor) -> list[tuple[Step, Tensor]]:
+        """(step, parameters [B, P, h, w]) of all steps but the first that have elements, given all values.
+
+        y_hat [B, C, H, W]. P is 2 c for c channels (scales, then means), 3 K c for a mixture. For B = 1, on
+        one machine, these are the numbers that compress() and decompress() use, to the bit.
+        Raises ValueError for the shape.
+        """
+        found: list[tuple[Step, Tensor]] = []
+        with self._own_threads(y_hat):
+            self._given(y_hat, lambda step, p: None if p is None else found.append((step, p)))
+        return found
+
+    # Likelihoods
+
+    def forward(self, y: Tensor, training: bool | None = None) -> tuple[Tensor, Tensor]:
+        """(y_hat, likelihoods), both [B, C, H, W], of y [B, C, H, W]; fp32 (fp64 for fp64).
+
+        training (default: the module's mode): the likelihoods are those of y plus uniform noise, of which all contexts
+        are made, so that no step waits for another; y_hat is rounded about the means of that pass, with the derivative
+        1 in y. Else y_hat is what decompress() gives, and the likelihoods are its.
+        Raises ValueError for the shape.
+        """
+        if training is None:
+            training = self.training
+        y = self._checked("forward", y)
+        packed: list[Tensor] = []
+
+        def keep(parameters: Tensor | None) -> None:
+            if parameters is not None:
+                packed.append(parameters.reshape(len(y), self._kinds, -1).to(y.dtype))
+
+        if training:
+            values = y + torch.empty_like(y).uniform_(-0.5, 0.5)
+            self._given(values, lambda step, parameters: keep(parameters))
+        else:
+            values = torch.empty_like(y, memory_format=torch.contiguous_format)
+
+            def rounded(step: Step, means: Tensor, parameters: Tensor | None) -> Tensor:
+                keep(parameters)
+                return _rounded(step.of(y), means)
+
+            with torch.no_grad():
+                self._grown(values, rounded)
+        parameters = torch.cat([y.new_empty((len(y), self._kinds, 0)), *packed], 2)
+        likelihoods = self.schedule.unpack(self._likelihoods(values, parameters), *y.shape[2:])
+        return self._straight_through(y, parameters) if training else values, likelihoods
+
+    @property
+    def _kinds(self) -> int:
+        """Parameters an element."""
+        return 2 if self.mixture == 1 else 3 * self.mixture
+
+    def _likelihoods(self, values: Tensor, parameters: Tensor) -> Tensor:
+        """[B, C * H * W] in the stream's order: of values [B, C, H, W], with parameters [B, kinds, N]."""
+        packed = self.schedule.pack(values)
+        first = packed.shape[1] - parameters.shape[2]
+        grid = packed[:, :first].reshape(len(packed), self.schedule.channels, -1)
+        weights = [list(each) for each in (self.bottleneck.matrices, self.bottleneck.biases, self.bottleneck.factors)]
+        options = {"output": "likelihood", "bound": "none"}
+        _, coarsest = factorized_rate(
+            grid, pack_factorized(*weights).to(grid.dtype), filters=self.bottleneck.filters, **options
+        )
+        rest, options["scale_bound"] = packed[:, first:].contiguous(), _SCALE_BOUND
+        if self.mixture == 1:
+            scales, means = (each.contiguous() for each in parameters.unbind(1))
+            _, finer = gaussian_rate(rest, scales, means, **options)
+        else:
+            rows = (each.reshape(len(rest), -1) for each in parameters.chunk(3, 1))
+            _, finer = mixture_rate(rest, *rows, logits=True, **options)
+        return torch.cat([coarsest.flatten(1), finer], 1)
+
+    def _straight_through(self, y: Tensor, parameters: Tensor) -> Tensor:
+        """y rounded about the means of one pass, with the derivative 1 in y."""
+        with torch.no_grad():
+            finer = parameters[:, 1] if self.mixture == 1 else torch.zeros_like(parameters[:, 0])
+            height, width = y.shape[2:]
+            h, w = self.schedule.steps[0].sides(height, width)
+            coarsest = self._medians().to(y)[:, None].expand(-1, h * w).reshape(1, -1).expand(len(y), -1)
+            means = self.schedule.unpack(torch.cat([coarsest, finer], 1), height, width)
+            change = (y - means).round() + means - y
+        return y + change
+
+    def _checked(self, function: str, y: object) -> Tensor:
+        c = self.schedule.channels
+        if not isinstance(y, Tensor) or not y.is_floating_point():
+            raise TypeError(
+                f"MSPEntropyModel.{function}: y must be a floating-point tensor, got {_kind(y)}; convert it"
+            )
+        if y.dim() != 4 or y.shape[1] != c or 0 in y.shape[2:]:
+            raise ValueError(
+                f"MSPEntropyModel.{function}: y must be [B, {c}, H, W] with H, W >= 1, got {list(y.shape)}; "
+                "make the model with the latent's channels"
+            )
+        return y.to(torch.promote_types(y.dtype, torch.float32))
+
+    def aux_loss(self) -> Tensor:
+        """The auxiliary loss of the coarsest grid's quantiles, as CompressAI's models have it."""
+        return self.bottleneck.loss()
+
+    # Coding
+
+    @torch.no_grad()
+    def update(self, force: bool = False) -> bool:
+        """Makes the coding tables of the coarsest grid from its density, where there are none or by force.
+
+        Returns whether it did. Call it after training, and save the state dict then: a stream decodes with the tables
+        that it was coded with. Raises ValueError for a density that is not finite.
+        """
+        if self.tables.numel() and not force:
+            return False
+        twin = copy.deepcopy(self.bottleneck).cpu().double()
+        medians = twin.quantiles[:, 0, 1].clone()
+        twin.solve_quantiles()
+        low, high = ((twin.quantiles[:, 0, side] - medians).clamp(-_WIDEST, _WIDEST) for side in (0, 2))
+        first, last = low.floor().long(), high.ceil().long()
+        symbols = first[None] + torch.arange(int((last - first).max()) + 1)[:, None]
+        weights = pack_factorized(list(twin.matrices), list(twin.biases), list(twin.factors))
+        options = {"filters": twin.filters, "output": "likelihood"}
+        _, probabilities = factorized_rate(symbols + medians[None], weights, **options)
+        probabilities[probabilities < _WORTH] = 0
+        made = factorized_tables(probabilities.t().contiguous(), first)
+        self.tables = torch.frombuffer(bytearray(made.serialized), dtype=torch.uint8).to(self.tables.device)
+        return True
+
+    def coding_tables(self) -> Tables:
+        """The constant Gaussian set, followed by a level for each channel of the coarsest grid.
+
+        Raises ValueError where update() was not called.
+        """
+        if self.tables.numel() == 0:
+            raise ValueError("MSPEntropyModel: there are no coding tables yet; call update()")
+        data = self.tables.cpu().numpy().tobytes()
+        if self._joined is None or self._joined[0] != data:
+            self._joined = (data, join_tables(constant_tables("gaussian"), Tables(data)))
+        return self._joined[1]
+
+    def _codable(self, function: str) -> Tables:
+        if self.mixture != 1:
+            raise ValueError(f"MSPEntropyModel.{function}: mixtures of {self.mixture} are not coded yet; use mixture=1")
+        if self.bottleneck.quantiles.dtype is not torch.float32:
+            raise TypeError(
+                f"MSPEntropyModel.{function}: needs fp32 parameters, got {self.bottleneck.quantiles.dtype}; "
+                "convert the model with .float()"
+            )
+        return self.coding_tables()
+
+    def _levels(self, tables: Tables, step: Step, sides: Sequence[int], parameters: Tensor | None) -> Tensor:
+        """The levels [c, h, w] of a step of one sample, on the CPU."""
+        if parameters is not None:
+            return gaussian_levels(parameters[0, : step.last - step.first].float(), tables)
+        own = torch.arange(len(tables) - self.schedule.channels, len(tables), dtype=torch.int32)
+        return own.view(-1, 1, 1).expand(-1, *sides)
+
+    @torch.no_grad()
+    def compress(self, y: Tensor) -> list[bytes]:
+        """A stream for each sample of y [B, C, H, W]. What decompress() gives is forward(y[b : b + 1], False)[0].
+
+        Raises ValueError for shapes, for values that are not finite, for mixtures, and where update() was not called;
+        TypeError for dtypes.
+        """
+        y = self._checked("compress", y).float()
+        tables = self._codable("compress")
+        if not bool(y.isfinite().all()):
+            raise ValueError(
+                "MSPEntropyModel.compress: y must be finite, got NaN or Inf; look for where they came from"
+            )
+        return [self._compress_one(sample[None], tables) for sample in y]
+
+    def _compress_one(self, y: Tensor, tables: Tables) -> bytes:
+        writer = Writer(tables)
+
+        def code(step: Step, means: Tensor, parameters: Tensor | None) -> Tensor:
+            symbols = _rounded(step.of(y), means)
+            levels = self._levels(tables, step, symbols.shape[2:], parameters)
+            writer.step(step.scale, symbols[0].to("cpu", torch.int32), levels)
+            return symbols
+
+        with torch.autocast(y.device.type, enabled=False):
+            self._grown(torch.empty_like(y, memory_format=torch.contiguous_format), code)
+        return writer.finish()
+
+    @torch.no_grad()
+    def decompress(self, strings: Sequence[bytes], shape: Sequence[int]) -> Tensor:
+        """y_hat [B, C, *shape] fp32, on the model's device, of B streams of compress(); shape: (H, W).
+
+        Raises BitstreamError (a ValueError) for streams that are truncated, damaged, of another shape, or made where
+        parameters come out otherwise (other weights, machine, torch, number of threads); ValueError for the shape.
+        """
+        height, width = (int(side) for side in shape)
+        if height < 1 or width < 1:
+            raise ValueError(f"MSPEntropyModel.decompress: shape must be (H, W), 1 at least, got {tuple(shape)}")
+        tables = self._codable("decompress")
+        sizes = zip(self.schedule.steps, self.schedule.counts(height, width), strict=True)
+        counts = [(step.scale, count) for step, count in sizes if count]
+        readers = [Reader(stream, tables, counts) for stream in strings]  # before anything is allocated for it
+        device, size = self.bottleneck.quantiles.device, (1, self.schedule.channels, height, width)
+        samples = [torch.empty(0, *size[1:], device=device)]
+        for reader in readers:
+            samples.append(torch.empty(size, device=device))
+            self._decompress_one(reader, samples[-1], tables)
+        return torch.cat(samples)
+
+    def _decompress_one(self, reader: Reader, y_hat: Tensor, tables: Tables) -> None:
+        def code(step: Step, means: Tensor, parameters: Tensor | None) -> Tensor:
+            levels = self._levels(tables, step, means.shape[2:], parameters)
+            symbols = reader.step(step.scale, levels)
+            return symbols[None].to(y_hat.device, torch.float32)
+
+        with torch.autocast(y_hat.device.type, enabled=False):
+            self._grown(y_hat, code)
+        reader.finish()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        new = state_dict.get(prefix + "tables")
+        if isinstance(new, Tensor) and new.shape != self.tables.shape:
+            self.tables = self.tables.new_empty(new.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _rounded(values: Tensor, means: Tensor) -> Tensor:
+    """The symbols of values, as floats: the one rule of forward() and compress()."""
+    return (values - means).round().clamp_(-_MOST_SYMBOL, _MOST_SYMBOL)
+
+
+def _kind(value: object) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
