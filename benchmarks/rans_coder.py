@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from ..coding import constant_tables, decode, encode
+from ..coding import constant_tables, decode, encode, mixture_parameters, mixture_tables
 from ..ops import rans_coder as _op
 from ._contenders import backends, forced
 from ._harness import OURS, Case, Expected, Group, Settings
 
 SYMBOLS, QUICK_SYMBOLS = 1_500_000, 1 << 11
+_MIXTURE_SYMBOLS = 1 << 17  # CompressAI takes seconds for these
 _SEED = 19
 _SCALES = (("scales 0.11 to 64", 64.0), ("scales 0.11 to 4", 4.0), ("scales 0.11 to 1", 1.0))
 _LATENTS = ((1, 320, 32, 48), (1, 192, 32, 48))
@@ -217,26 +218,97 @@ def _case(one: Contender, encodes: bool, stream: bytes, bytes_beside: int) -> Ca
     return Case(one.name, run, outputs, bytes_beside + len(stream), 0)
 
 
+def _mixture(count: int) -> tuple[Tensor, list[Tensor]]:
+    """Symbols [n] and the scales, means and weights [3, n] of the mixtures they were drawn from."""
+    generator = torch.Generator().manual_seed(_SEED)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    about = torch.exp(-2.2 + 5 * torch.rand(1, count, generator=generator))
+    scales = (about * torch.exp(0.5 * normal(3, count))).clamp(min=0.11)
+    means = 0.7 * about * normal(3, count) + 3 * normal(1, count)
+    weights = torch.softmax(normal(3, count), 0)
+    chosen = (torch.rand(count, generator=generator) > weights.cumsum(0)[:-1]).sum(0, keepdim=True)
+    y = means.gather(0, chosen) + scales.gather(0, chosen) * normal(1, count)
+    return y[0].round().int(), [scales, means, weights]
+
+
+def _mixture_contenders(settings: Settings) -> tuple[Tensor, list[Contender], dict[str, str]]:
+    """From fp32 parameters to bytes and back: mixture_parameters counts, on both sides."""
+    symbols, floats = _mixture(QUICK_SYMBOLS if settings.quick else _MIXTURE_SYMBOLS)
+    tables, left_out = mixture_tables(), {}
+    given = mixture_parameters(*floats, tables)
+
+    def ours(name: str, wrap: Callable, parameters: Callable[[], Tensor]) -> Contender:
+        return Contender(
+            OURS + name,
+            wrap(lambda: encode(symbols, parameters(), tables)),
+            wrap(lambda stream: decode(stream, parameters(), tables)),
+        )
+
+    found = [ours("best", lambda run: run, lambda: mixture_parameters(*floats, tables))]
+    found.append(ours("best, parameters given", lambda run: run, lambda: given))
+    mask = _native.op("cpp", "rans_coder_variants")() if _native.why_not("cpp", "cpu") is None else 0
+    for variant, name in _VARIANTS.items():
+        if mask >> variant & 1:
+            wrap = lambda run, v=variant: _in_variant(v, run)  # noqa: E731
+            found.append(ours(f"cpp, {name}, parameters given", wrap, lambda: given))
+    if importlib.util.find_spec("compressai") is None:
+        left_out["compressai"] = "not installed; run: pip install compressai"
+    else:
+        found.append(_compressai_mixture(symbols, floats))
+    return symbols, found, left_out
+
+
+def _compressai_mixture(symbols: Tensor, floats: list[Tensor]) -> Contender:
+    from compressai.entropy_models import GaussianMixtureConditional
+
+    model, y = GaussianMixtureConditional(K=3), symbols.float().view(1, -1, 32, 32)
+
+    def own() -> list[Tensor]:  # compress() bounds scales in place
+        return [x.reshape(1, -1, 32, 32).clone() for x in floats]
+
+    said: dict[bytes, tuple] = {}
+
+    def coded() -> bytes:
+        (stream, *rest), _ = model.compress(y, *own())
+        said[stream] = tuple(rest)
+        return stream
+
+    def decoded(stream: bytes) -> Tensor:
+        return model.decompress(stream, *said[stream], *own()).flatten().int()
+
+    return Contender("compressai, GaussianMixtureConditional", coded, decoded)
+
+
 def groups(settings: Settings) -> Iterator[Group]:
-    """Encoding and decoding at three spreads of scales and of two latents, on the CPU only; --quick takes fewer."""
+    """Encoding and decoding at three spreads of scales, of mixtures and of two latents, on the CPU; --quick: fewer."""
     if settings.device.type != "cpu":
         return
     count = QUICK_SYMBOLS if settings.quick else SYMBOLS
     for name, widest in _SCALES:
         symbols, scales = _inputs(count, widest)
-        contenders, left_out = _contenders(symbols, scales, settings)
-        expected = Expected([symbols.double()], [0.0], [torch.float32])
-        streams = {one.name: one.encode() for one in contenders}
-        ours = streams[contenders[0].name]
-        for direction in ("encode", "decode"):
-            yield Group(
-                op="rans_coder",
-                case=f"{direction}, {name}",
-                inputs=f"{count} symbols, {8 * len(ours) / count:.4f} bits each",
-                dtype="int32",
-                device=settings.device,
-                cases=[_case(one, direction == "encode", streams[one.name], count * 8) for one in contenders],
-                expected=expected,
-                left_out=left_out,
-            )
+        yield from _both_ways(symbols, *_contenders(symbols, scales, settings), name, settings)
+    yield from _both_ways(*_mixture_contenders(settings), "mixtures of 3", settings)
     yield from _model_groups(settings)
+
+
+def _both_ways(
+    symbols: Tensor, contenders: list[Contender], left_out: dict[str, str], name: str, settings: Settings
+) -> Iterator[Group]:
+    count = symbols.numel()
+    expected = Expected([symbols.double()], [0.0], [torch.float32])
+    streams = {one.name: one.encode() for one in contenders}
+    ours = streams[contenders[0].name]
+    for direction in ("encode", "decode"):
+        yield Group(
+            op="rans_coder",
+            case=f"{direction}, {name}",
+            inputs=f"{count} symbols, {8 * len(ours) / count:.4f} bits each",
+            dtype="int32",
+            device=settings.device,
+            cases=[_case(one, direction == "encode", streams[one.name], count * 8) for one in contenders],
+            expected=expected,
+            left_out=left_out,
+        )

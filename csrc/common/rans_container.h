@@ -123,7 +123,7 @@ inline Status read_head(Reader& in, const uint8_t* data, int64_t bytes, Containe
   in.byte(&head->profile);
   if (head->profile > 1) return kProfile;
   in.byte(&flags);
-  if (flags >> 5 || (flags & 7) > 5) return kFlags;
+  if (flags >> 5 || (flags & 7) > 5 || (head->profile == 1 && flags & 8)) return kFlags;
   head->lanes = int64_t{1} << (flags & 7);
   for (int32_t i = 0; i < 8; ++i) {
     in.byte(&value);

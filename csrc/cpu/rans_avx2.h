@@ -253,7 +253,7 @@ void encode_vectors(Encoding& e, const Index* index, const int32_t* symbols, int
       int32_t values[8 * kVectors];
       for (int v = 0; v < kVectors; ++v)
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(values + 8 * v), element[v].value);
-      keep_all(e, values, escaped);
+      keep_all(*e.escapes, values, escaped);
     }
     for (int v = kVectors - 1; v >= 0; --v) x[v] = put_bits(element[v], x[v], words);
     for (int v = kVectors - 1; v >= 0; --v) x[v] = put_symbol(element[v], x[v], e.tables->precision, words);

@@ -282,7 +282,7 @@ LIC_FAST_RANS void encode_row(Encoding& e, const Index* index, const int32_t* sy
   if (__builtin_expect(escaped != 0, 0)) {
     alignas(64) int32_t values[32] = {};
     for (int v = 0; v < kVectors; ++v) _mm512_store_si512(values + 16 * v, element[v].value);
-    keep_all(e, values, escaped);
+    keep_all(*e.escapes, values, escaped);
   }
 #pragma GCC unroll 2
   for (int v = kVectors - 1; v >= 0; --v) x[v] = put_bits(element[v], x[v], words);

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "common/rans.h"
+#include "common/rans_mixture.h"
 
 namespace lic_fast::rans {
 
@@ -30,14 +31,16 @@ struct Escapes {
   }
 };
 
-struct Decoding {
-  const Tables* tables;
+template <class TableSet>
+struct DecodingOf {
+  const TableSet* tables;
   int32_t lanes;
   bool refill;           // false in the tail
   const uint8_t* words;  // the next word, anywhere in memory
   uint32_t* x;           // [lanes]
   Escapes* escapes;
 };
+using Decoding = DecodingOf<Tables>;
 
 // Escape values from the last to the first.
 class EscapeSink {
@@ -67,13 +70,15 @@ class EscapeSink {
   int64_t size_ = 0, room_ = 0;
 };
 
-struct Encoding {
-  const Tables* tables;
+template <class TableSet>
+struct EncodingOf {
+  const TableSet* tables;
   int32_t lanes;
   uint16_t* words;  // one behind the place of the next word: words are put from the end to the front
   uint32_t* x;      // [lanes]
   EscapeSink* escapes;
 };
+using Encoding = EncodingOf<Tables>;
 
 // Indexes are levels, or scales that select one.
 LIC_FAST_ANYWHERE int32_t level_of(const Tables& tables, float scale) { return tables.ladder + rung(scale); }
@@ -98,9 +103,9 @@ __attribute__((noinline)) void mend_all(Decoding& d, const Index* index, int32_t
   }
 }
 
-__attribute__((noinline)) inline void keep_all(Encoding& e, const int32_t* values, uint32_t escaped) {
+__attribute__((noinline)) inline void keep_all(EscapeSink& escapes, const int32_t* values, uint32_t escaped) {
   for (int32_t i = 31; i >= 0; --i) {
-    if (escaped >> i & 1) e.escapes->put(values[i]);
+    if (escaped >> i & 1) escapes.put(values[i]);
   }
 }
 

@@ -9,6 +9,7 @@
 
 #include "common/tensors.h"
 #include "cpu/parallel.h"
+#include "cpu/rans_mixture_parameters.h"
 #include "cpu/rans_stream.h"
 
 namespace lic_fast {
@@ -18,8 +19,9 @@ using rans::ContainerState;
 using rans::Layout;
 using rans::StreamState;
 
-rans::Tables opened(const Tensor& packed) {
-  rans::Tables tables;
+template <class TableSet>
+TableSet opened(const Tensor& packed) {
+  TableSet tables;
   STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Long && packed.is_contiguous() && packed.is_cpu() &&
                       rans::open(static_cast<const int64_t*>(packed.const_data_ptr()), packed.numel(), &tables),
                   "rans_coder: tables that are not what pack() made");
@@ -42,22 +44,45 @@ void over_streams(int64_t batch, int64_t streams, int64_t elements, const Body& 
   });
 }
 
+// Whether tables are those of mixtures: they have no rows.
+bool of_mixtures(const Tensor& packed) {
+  return packed.numel() == rans::kMixtureWords && data_of<int64_t>(packed, ScalarType::Long)[1] == 0;
+}
+
+rans::Mixtures mixtures_of(const Tensor& words, const Tensor& symbols) {
+  STD_TORCH_CHECK(words.dim() == 3 && symbols.dim() == 2 && words.size(0) == symbols.size(0) &&
+                      words.size(2) == symbols.size(1) && words.size(1) >= 4 &&
+                      words.size(1) <= 2 + 2 * rans::kMostComponents && words.size(1) % 2 == 0,
+                  "rans_coder: parameters that are not [B, 2 + 2 K, N]");
+  return {data_of<int32_t>(words, ScalarType::Int), words.size(2), static_cast<int32_t>(words.size(1) / 2 - 1)};
+}
+
+// What tells how the elements of a sample are coded.
 template <class Index>
-std::tuple<Tensor, Tensor> encode(const Tensor& symbols, const Index* indexes, const rans::Tables& tables,
-                                  const Tensor& head, const Tensor& steps, const Layout& layout,
-                                  rans::Variant variant) {
+const Index* sample(const Index* indexes, int64_t b, int64_t elements) {
+  return indexes + b * elements;
+}
+rans::Mixtures sample(const rans::Mixtures& all, int64_t b, int64_t elements) {
+  return all + b * (2 + 2 * all.components) * elements;
+}
+
+template <class Source, class TableSet>
+std::tuple<Tensor, Tensor> encode(const Tensor& symbols, Source source, const TableSet& tables, const Tensor& head,
+                                  const Tensor& steps, const Layout& layout, rans::Variant variant) {
   const int64_t batch = symbols.size(0), elements = symbols.size(1);
   const int32_t* values = data_of<int32_t>(symbols, ScalarType::Int);
   const int64_t* of_step = data_of<int64_t>(steps, ScalarType::Long);
-  std::vector<std::unique_ptr<rans::StreamEncoder<Index>>> coders(batch * layout.streams);
+  std::vector<std::unique_ptr<rans::StreamEncoder<Source>>> coders(batch * layout.streams);
   std::atomic<int64_t> failure{rans::kDone};
   over_streams(batch, layout.streams, elements, [&](int64_t b, int64_t w) {
-    auto coder = std::make_unique<rans::StreamEncoder<Index>>(tables, layout, elements / layout.streams, variant);
-    int64_t end = (b + 1) * elements;
+    auto coder = std::make_unique<rans::StreamEncoder<Source>>(tables, layout, elements / layout.streams, variant);
+    const Source own = sample(source, b, elements);
+    const int32_t* const symbol = values + b * elements;
+    int64_t end = elements;
     for (int64_t s = steps.numel() - 1; s >= 0 && failure == rans::kDone; --s) {
       const rans::Share share = rans::share_of(of_step[s], layout, w);
       end -= of_step[s];
-      const rans::Status status = coder->add(indexes + end + share.first, values + end + share.first, share.count);
+      const rans::Status status = coder->add(own + (end + share.first), symbol + (end + share.first), share.count);
       if (status != rans::kDone) failure = status;
     }
     coder->finish();
@@ -93,7 +118,7 @@ std::tuple<Tensor, Tensor> encode(const Tensor& symbols, const Index* indexes, c
       append(words.at(), 2 * words.size());
     }
     for (int64_t w = 0; w < layout.streams; ++w) {
-      const rans::StreamEncoder<Index>& coder = *coders[b * layout.streams + w];
+      const rans::StreamEncoder<Source>& coder = *coders[b * layout.streams + w];
       for (int64_t i = 0; i < coder.escapes.size(); ++i) {
         const int32_t value = coder.escapes.from_last(i);
         append(&value, coder.result.escape_width);  // its low bytes
@@ -105,18 +130,23 @@ std::tuple<Tensor, Tensor> encode(const Tensor& symbols, const Index* indexes, c
   return {stream, sizes};
 }
 
-// symbols int32 [B, N]; indexes (levels int32 or uint8, or fp32 scales) [B, N]; head: what each container begins with;
-// steps int64 [S], summing to N. Returns the containers, uint8 [bytes], and their sizes int64 [B]; a negative first
-// size is a rans::Status.
+// symbols int32 [B, N]; indexes (levels int32 or uint8, or fp32 scales) [B, N], or a mixture's integers [B, 2 + 2 K,
+// N]; head: what each container begins with; steps int64 [S], summing to N. Returns the containers, uint8 [bytes], and
+// their sizes int64 [B]; a negative first size is a rans::Status.
 std::tuple<Tensor, Tensor> rans_coder_encode(Tensor symbols, Tensor indexes, Tensor packed, Tensor head, Tensor steps,
                                              int64_t lanes, int64_t streams, int64_t skip, int64_t variant) {
-  check_same_numel(symbols, indexes);
-  const rans::Tables tables = opened(packed);
   const Layout layout{lanes, streams, skip};
   const auto chosen = static_cast<rans::Variant>(variant);
   STD_TORCH_CHECK(symbols.dim() == 2 && lanes >= 1 && lanes <= rans::kMostLanes && !(lanes & (lanes - 1)) &&
                       streams >= 1 && streams <= rans::kMostStreams && rans::has(chosen),
                   "rans_coder: lanes, streams or a variant that do not exist");
+  if (of_mixtures(packed)) {
+    STD_TORCH_CHECK(skip == 0, "rans_coder: mixtures are not skipped");
+    return encode(symbols, mixtures_of(indexes, symbols), opened<rans::MixtureTables>(packed), head, steps, layout,
+                  chosen);
+  }
+  check_same_numel(symbols, indexes);
+  const auto tables = opened<rans::Tables>(packed);
   STD_TORCH_CHECK(tables.ladder >= 0 || (indexes.scalar_type() != ScalarType::Float && skip == 0),
                   "rans_coder: scales and skipping need tables with a ladder");
   if (indexes.scalar_type() == ScalarType::Float) {
@@ -159,9 +189,9 @@ rans::Status left_over(const ContainerState& head, StreamState* streams) {
   return clean ? rans::kDone : rans::kLeftOver;
 }
 
-template <class Index>
-rans::Status decode(const std::vector<Tensor>& containers, const std::vector<Tensor>& states, const Index* indexes,
-                    const rans::Tables& tables, int32_t* symbols, int64_t elements, bool last, rans::Variant variant) {
+template <class Source, class TableSet>
+rans::Status decode(const std::vector<Tensor>& containers, const std::vector<Tensor>& states, Source source,
+                    const TableSet& tables, int32_t* symbols, int64_t elements, bool last, rans::Variant variant) {
   const int64_t batch = static_cast<int64_t>(containers.size());
   std::vector<ContainerState*> heads(batch);
   int64_t streams = 1;
@@ -176,10 +206,10 @@ rans::Status decode(const std::vector<Tensor>& containers, const std::vector<Ten
     const Layout layout{heads[b]->lanes, heads[b]->streams, heads[b]->skip};
     const rans::Share share = rans::share_of(elements, layout, w);
     StreamState* state = reinterpret_cast<StreamState*>(heads[b] + 1) + w;
-    rans::StreamDecoder<Index> coder(tables, layout, static_cast<const uint8_t*>(containers[b].const_data_ptr()), state,
-                                     variant);
-    const int64_t first = b * elements + share.first;
-    const rans::Status status = coder.run(indexes + first, symbols + first, share.count);
+    rans::StreamDecoder<Source> coder(tables, layout, static_cast<const uint8_t*>(containers[b].const_data_ptr()),
+                                      state, variant);
+    const rans::Status status =
+        coder.run(sample(source, b, elements) + share.first, symbols + (b * elements + share.first), share.count);
     if (status != rans::kDone) failure = status;
   });
   for (int64_t b = 0; b < batch && failure == rans::kDone; ++b) {
@@ -194,22 +224,54 @@ rans::Status decode(const std::vector<Tensor>& containers, const std::vector<Ten
 // first state's status says how it went; after any but kDone the states mean nothing.
 void rans_coder_decode_out(std::vector<Tensor> streams, std::vector<Tensor> states, Tensor indexes, Tensor packed,
                            Tensor symbols, bool last, int64_t variant) {
-  check_same_numel(symbols, indexes);
-  const rans::Tables tables = opened(packed);
   const auto chosen = static_cast<rans::Variant>(variant);
   const int64_t batch = static_cast<int64_t>(streams.size());
   STD_TORCH_CHECK(streams.size() == states.size() && batch > 0 && symbols.numel() % batch == 0 && rans::has(chosen),
                   "rans_coder: streams, states or a variant that do not belong together");
-  STD_TORCH_CHECK(tables.ladder >= 0 || indexes.scalar_type() != ScalarType::Float,
-                  "rans_coder: scales need tables with a ladder");
   const int64_t elements = symbols.numel() / batch;
   int32_t* out = const_cast<int32_t*>(data_of<int32_t>(symbols, ScalarType::Int));
+  if (of_mixtures(packed)) {
+    state_of(states[0], streams[0])->status = decode(streams, states, mixtures_of(indexes, symbols),
+                                                     opened<rans::MixtureTables>(packed), out, elements, last, chosen);
+    return;
+  }
+  check_same_numel(symbols, indexes);
+  const auto tables = opened<rans::Tables>(packed);
+  STD_TORCH_CHECK(tables.ladder >= 0 || indexes.scalar_type() != ScalarType::Float,
+                  "rans_coder: scales need tables with a ladder");
   const auto run = [&](const auto* of_elements) {
     state_of(states[0], streams[0])->status = decode(streams, states, of_elements, tables, out, elements, last, chosen);
   };
   if (indexes.scalar_type() == ScalarType::Float) return run(data_of<float>(indexes, ScalarType::Float));
   if (indexes.scalar_type() == ScalarType::Byte) return run(data_of<uint8_t>(indexes, ScalarType::Byte));
   run(data_of<int32_t>(indexes, ScalarType::Int));
+}
+
+// The integers of mixtures, int32 [B, 2 + 2 K, N], from fp32 scales, means and weights [B, K, N].
+Tensor rans_coder_mixture(Tensor scales, Tensor means, Tensor weights, Tensor packed) {
+  check_same_numel(scales, means);
+  check_same_numel(scales, weights);
+  STD_TORCH_CHECK(
+      of_mixtures(packed) && scales.dim() == 3 && scales.size(1) >= 1 && scales.size(1) <= rans::kMostComponents,
+      "rans_coder: 1 to 16 components and tables of mixtures are needed");
+  const auto tables = opened<rans::MixtureTables>(packed);
+  const int64_t batch = scales.size(0), components = scales.size(1), n = scales.size(2), planes = 2 + 2 * components;
+  Tensor words = torch::stable::new_empty(scales, {batch, planes, n}, ScalarType::Int);
+  rans::MixtureInputs in{data_of<float>(scales, ScalarType::Float),
+                         data_of<float>(means, ScalarType::Float),
+                         data_of<float>(weights, ScalarType::Float),
+                         n,
+                         static_cast<int32_t>(components),
+                         static_cast<float>(tables.steps),
+                         {},
+                         static_cast<int32_t*>(words.mutable_data_ptr())};
+  for (int32_t i = 0; i < 17; ++i) in.reach[i] = static_cast<float>(tables.reach[i]) * 0.0625f;
+  for (int64_t b = 0; b < batch; ++b) {
+    torch::stable::parallel_for(0, n, kSerialElements,
+                                [&](int64_t begin, int64_t end) { rans::mixture_words(&in, begin, end); });
+    in.scales += components * n, in.means += components * n, in.weights += components * n, in.words += planes * n;
+  }
+  return words;
 }
 
 // Which variants run on this processor, as bits.
@@ -232,6 +294,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lic_fast_cpp, m) {
   m.def(
       "rans_coder_decode_out(Tensor[] streams, Tensor(a!)[] states, Tensor indexes, Tensor packed, Tensor(b!) symbols, "
       "bool last, int variant) -> ()");
+  m.def("rans_coder_mixture(Tensor scales, Tensor means, Tensor weights, Tensor packed) -> Tensor");
   m.def("rans_coder_variants() -> int");
 }
 
@@ -239,5 +302,6 @@ STABLE_TORCH_LIBRARY_IMPL(lic_fast_cpp, CompositeExplicitAutograd, m) {
   m.impl("rans_coder_encode", TORCH_BOX(&lic_fast::rans_coder_encode));
   m.impl("rans_coder_open", TORCH_BOX(&lic_fast::rans_coder_open));
   m.impl("rans_coder_decode_out", TORCH_BOX(&lic_fast::rans_coder_decode_out));
+  m.impl("rans_coder_mixture", TORCH_BOX(&lic_fast::rans_coder_mixture));
   m.impl("rans_coder_variants", TORCH_BOX(&lic_fast::rans_coder_variants));
 }

@@ -55,8 +55,8 @@ struct Coded {
 };
 
 template <class Index>
-inline Coded coded(const Tables& tables, Index index, int32_t symbol) {
-  const Level level = tables.level[level_of(tables, index)];
+inline Coded coded(const Tables& tables, const Index* index, int64_t i, int32_t symbol) {
+  const Level level = tables.level[level_of(tables, index[i])];
   const uint32_t t = static_cast<uint32_t>(symbol) + half_of(level.shift());
   const int32_t value = static_cast<int32_t>(t) >> level.shift();
   const uint32_t number = static_cast<uint32_t>(value) - static_cast<uint32_t>(level.offset());
@@ -72,13 +72,14 @@ inline uint32_t put(uint32_t x, bool too_large, uint16_t*& words) {
   return x >> kWordBits;
 }
 
-template <class Index>
-void encode_row(Encoding& e, const Index* index, const int32_t* symbols, int32_t active) {
-  const Tables& tables = *e.tables;
+// A source is what tells how elements are coded: a pointer to their indexes, or Mixtures.
+template <class TableSet, class Source>
+void encode_row(EncodingOf<TableSet>& e, Source source, const int32_t* symbols, int32_t active) {
+  const TableSet& tables = *e.tables;
   const int32_t n = tables.precision;
   Coded row[kMostLanes];
   for (int32_t i = active - 1; i >= 0; --i) {
-    row[i] = coded(tables, index[i], symbols[i]);
+    row[i] = coded(tables, source, i, symbols[i]);
     if (row[i].escaped) e.escapes->put(row[i].value);
     const int32_t k = row[i].shift;
     if (k) e.x[i] = put(e.x[i], e.x[i] >> (32 - k) != 0, e.words) << k | row[i].raw;
@@ -91,22 +92,22 @@ void encode_row(Encoding& e, const Index* index, const int32_t* symbols, int32_t
 }
 
 // Elements [0, count), from the last row to the first.
-template <class Index>
-void encode(Encoding& e, const Index* index, const int32_t* symbols, int64_t count) {
+template <class TableSet, class Source>
+void encode(EncodingOf<TableSet>& e, Source source, const int32_t* symbols, int64_t count) {
   for (int64_t first = (count - 1) / e.lanes * e.lanes; first >= 0; first -= e.lanes) {
     const int64_t left = count - first;
-    encode_row(e, index + first, symbols + first, left < e.lanes ? static_cast<int32_t>(left) : e.lanes);
+    encode_row(e, source + first, symbols + first, left < e.lanes ? static_cast<int32_t>(left) : e.lanes);
   }
 }
 
 // Codes a row of the tail; false where it does not belong to it: the states and escapes are then as before.
-template <class Index>
-bool encode_tail_row(Encoding& e, const Index* index, const int32_t* symbols, int32_t active) {
-  const Tables& tables = *e.tables;
+template <class TableSet, class Source>
+bool encode_tail_row(EncodingOf<TableSet>& e, Source source, const int32_t* symbols, int32_t active) {
+  const TableSet& tables = *e.tables;
   uint32_t x[kMostLanes];
   Coded row[kMostLanes];
   for (int32_t i = 0; i < active; ++i) {
-    row[i] = coded(tables, index[i], symbols[i]);
+    row[i] = coded(tables, source, i, symbols[i]);
     const uint64_t before = (static_cast<uint64_t>(e.x[i]) << row[i].shift) | row[i].raw;
     const uint64_t after = (before / row[i].frequency << tables.precision) + before % row[i].frequency + row[i].start;
     if (after >= 0xFFFF0000u) return false;

@@ -4,11 +4,14 @@
 
 #include <algorithm>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 #include "common/rans_container.h"
 #include "cpu/rans_avx2.h"
 #include "cpu/rans_avx512.h"
+#include "cpu/rans_mixture_avx2.h"
+#include "cpu/rans_mixture_avx512.h"
 
 namespace lic_fast::rans {
 
@@ -42,14 +45,25 @@ inline Variant best_variant() {
   return best;
 }
 
-template <class Index>
+// How a source's elements are coded: by which tables.
+template <class Source>
+struct TableSetOf {
+  using type = Tables;
+};
+template <>
+struct TableSetOf<Mixtures> {
+  using type = MixtureTables;
+};
+
+template <class Source>
 struct Kernels {
-  void (*decode)(Decoding&, const Index*, int32_t*, int64_t) = scalar::decode<Index>;
-  void (*encode)(Encoding&, const Index*, const int32_t*, int64_t) = scalar::encode<Index>;
+  using TableSet = typename TableSetOf<Source>::type;
+  void (*decode)(DecodingOf<TableSet>&, Source, int32_t*, int64_t);
+  void (*encode)(EncodingOf<TableSet>&, Source, const int32_t*, int64_t);
 };
 
 template <class Index>
-Kernels<Index> kernels_of(Variant variant) {
+Kernels<const Index*> kernels_of(Variant variant, const Index*) {
   if (variant == kBest) variant = best_variant();
 #if defined(__x86_64__)
   if (variant == kAvx2) return {avx2::decode<Index>, avx2::encode<Index>};
@@ -57,9 +71,19 @@ Kernels<Index> kernels_of(Variant variant) {
   if (variant == kAvx512Gathers)
     return {avx512::decode<avx512::Gathers, Index>, avx512::encode<avx512::Gathers, Index>};
 #endif
-  return {};
+  return {scalar::decode<Index>, scalar::encode<Tables, const Index*>};
 }
 
+inline Kernels<Mixtures> kernels_of(Variant variant, Mixtures) {
+  if (variant == kBest) variant = best_variant();
+#if defined(__x86_64__)
+  if (variant == kAvx2) return {avx2::decode_mixtures, avx2::encode_mixtures};
+  if (variant >= kAvx512Loads) return {avx512::decode_mixtures, avx512::encode_mixtures};
+#endif
+  return {scalar::decode_mixtures, scalar::encode<MixtureTables, Mixtures>};
+}
+
+inline bool in_range(const MixtureTables&, Mixtures elements, int64_t count) { return valid(elements, count); }
 inline bool in_range(const Tables&, const float*, int64_t) { return true; }
 template <class Index>
 bool in_range(const Tables& tables, const Index* index, int64_t count) {
@@ -92,15 +116,28 @@ LIC_FAST_INLINE bool skipped(const Tables& tables, Index index, int64_t skip) {
 }
 
 // Decodes a step's share of a stream into symbols.
-template <class Index>
+template <class Source>
 class StreamDecoder {
  public:
-  StreamDecoder(const Tables& tables, const Layout& layout, const uint8_t* container, StreamState* state,
+  using TableSet = typename TableSetOf<Source>::type;
+  StreamDecoder(const TableSet& tables, const Layout& layout, const uint8_t* container, StreamState* state,
                 Variant variant)
-      : tables_(tables), layout_(layout), container_(container), state_(*state), kernels_(kernels_of<Index>(variant)) {}
+      : tables_(tables),
+        layout_(layout),
+        container_(container),
+        state_(*state),
+        kernels_(kernels_of(variant, Source{})) {}
 
-  Status run(const Index* index, int32_t* symbols, int64_t count) {
-    if (!layout_.skip) return decode(index, symbols, count);
+  Status run(Source source, int32_t* symbols, int64_t count) {
+    if constexpr (std::is_pointer_v<Source>) {
+      if (layout_.skip) return run_skipping(source, symbols, count);
+    }
+    return decode(source, symbols, count);
+  }
+
+ private:
+  template <class Index>
+  Status run_skipping(const Index* index, int32_t* symbols, int64_t count) {
     std::vector<Index> kept(count);
     int64_t n = 0;
     for (int64_t i = 0; i < count; ++i) {
@@ -118,8 +155,7 @@ class StreamDecoder {
     return status;
   }
 
- private:
-  Status decode(const Index* index, int32_t* symbols, int64_t count) {
+  Status decode(Source index, int32_t* symbols, int64_t count) {
     Escapes escapes{container_ + state_.escape_at, state_.escapes, 0, static_cast<int32_t>(state_.escape_width)};
     while (count > 0) {
       enter_tail();
@@ -142,7 +178,7 @@ class StreamDecoder {
   }
 
   // Words are read from a copy with zeros behind them where the container has not enough for any block.
-  Status block(const Index* index, int32_t* symbols, int64_t n, Escapes& escapes) {
+  Status block(Source index, int32_t* symbols, int64_t n, Escapes& escapes) {
     const int64_t rows = (n + layout_.lanes - 1) / layout_.lanes;
     const bool tail = state_.rows < 0;
     const int64_t most = tail ? kSlack : 2 * rows * layout_.lanes + kSlack;
@@ -155,7 +191,7 @@ class StreamDecoder {
       std::memset(copy + there, 0, 2 * (most - there));
       words = reinterpret_cast<const uint8_t*>(copy);
     }
-    Decoding d{&tables_, static_cast<int32_t>(layout_.lanes), !tail, words, state_.x, &escapes};
+    DecodingOf<TableSet> d{&tables_, static_cast<int32_t>(layout_.lanes), !tail, words, state_.x, &escapes};
     kernels_.decode(d, index, symbols, n);
     const int64_t used = (d.words - words) / 2;
     state_.word_at += 2 * used;
@@ -164,11 +200,11 @@ class StreamDecoder {
     return state_.words < 0 ? kRanOut : kDone;
   }
 
-  const Tables& tables_;
+  const TableSet& tables_;
   const Layout layout_;
   const uint8_t* container_;
   StreamState& state_;
-  const Kernels<Index> kernels_;
+  const Kernels<Source> kernels_;
 };
 
 // Words put from the end to the front of memory that grows.
@@ -194,30 +230,21 @@ class Words {
 };
 
 // Encodes a stream's shares, given from the last step to the first.
-template <class Index>
+template <class Source>
 class StreamEncoder {
  public:
-  StreamEncoder(const Tables& tables, const Layout& layout, int64_t elements, Variant variant)
+  using TableSet = typename TableSetOf<Source>::type;
+  StreamEncoder(const TableSet& tables, const Layout& layout, int64_t elements, Variant variant)
       : words(elements / 4 + kBlockWords + kSlack),
         tables_(tables),
         layout_(layout),
-        kernels_(kernels_of<Index>(variant)) {}
+        kernels_(kernels_of(variant, Source{})) {}
 
-  Status add(const Index* index, const int32_t* symbols, int64_t count) {
-    if (!in_range(tables_, index, layout_.skip ? count : 0)) return kIndexOutside;
-    if (!layout_.skip) return encode(index, symbols, count);
-    std::vector<Index> kept(count + 1);
-    std::vector<int32_t> values(count + 1);
-    int64_t n = 0;
-    int32_t lost = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      const bool out = skipped(tables_, index[i], layout_.skip);
-      lost |= out ? symbols[i] : 0;
-      kept[n] = index[i];
-      values[n] = symbols[i];
-      n += !out;
+  Status add(Source source, const int32_t* symbols, int64_t count) {
+    if constexpr (std::is_pointer_v<Source>) {
+      if (layout_.skip) return add_skipping(source, symbols, count);
     }
-    return lost ? kNotZero : encode(kept.data(), values.data(), n);
+    return encode(source, symbols, count);
   }
 
   void finish() {
@@ -236,9 +263,26 @@ class StreamEncoder {
   Finished result;
 
  private:
-  Status encode(const Index* index, const int32_t* symbols, int64_t count) {
+  template <class Index>
+  Status add_skipping(const Index* index, const int32_t* symbols, int64_t count) {
+    if (!in_range(tables_, index, count)) return kIndexOutside;
+    std::vector<Index> kept(count + 1);
+    std::vector<int32_t> values(count + 1);
+    int64_t n = 0;
+    int32_t lost = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const bool out = skipped(tables_, index[i], layout_.skip);
+      lost |= out ? symbols[i] : 0;
+      kept[n] = index[i];
+      values[n] = symbols[i];
+      n += !out;
+    }
+    return lost ? kNotZero : encode(kept.data(), values.data(), n);
+  }
+
+  Status encode(Source index, const int32_t* symbols, int64_t count) {
     const int64_t lanes = layout_.lanes;
-    Encoding e{&tables_, static_cast<int32_t>(lanes), nullptr, result.x, &escapes};
+    EncodingOf<TableSet> e{&tables_, static_cast<int32_t>(lanes), nullptr, result.x, &escapes};
     while (tail_ && count > 0) {
       const int64_t first = (count - 1) / lanes * lanes;
       if (!in_range(tables_, index + first, count - first)) return kIndexOutside;
@@ -267,9 +311,9 @@ class StreamEncoder {
     for (int64_t i = 0; i < layout_.lanes; ++i) result.x[i] += kLow;
   }
 
-  const Tables& tables_;
+  const TableSet& tables_;
   const Layout layout_;
-  const Kernels<Index> kernels_;
+  const Kernels<Source> kernels_;
   bool tail_ = true;
   int64_t tail_rows_ = 0;
 };

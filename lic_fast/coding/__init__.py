@@ -6,6 +6,7 @@ The names here are lic_fast's own bitstream (docs/BITSTREAM.md). CompressAI's is
 from __future__ import annotations
 
 from ..functional.coding import BitstreamError
+from .mixtures import MIXTURE_FAMILIES, MixtureTables, mixture_parameters, mixture_tables
 from .rans import (
     Decoder,
     Encoder,
@@ -22,9 +23,11 @@ from .tables import FAMILIES, LADDER_LEVELS, Tables, constant_tables, factorized
 __all__ = [
     "FAMILIES",
     "LADDER_LEVELS",
+    "MIXTURE_FAMILIES",
     "BitstreamError",
     "Decoder",
     "Encoder",
+    "MixtureTables",
     "RateReport",
     "Tables",
     "constant_tables",
@@ -34,6 +37,8 @@ __all__ = [
     "encode_batch",
     "factorized_tables",
     "join_tables",
+    "mixture_parameters",
+    "mixture_tables",
     "rate_report",
     "scale_indexes",
 ]

@@ -31,7 +31,7 @@ def _bounds(mpmath: Any, level: int) -> tuple[Any, Any]:
     return edge(_FIRST + level), edge(_FIRST + level + 1)
 
 
-def _tail(mpmath: Any, family: str, x: Any) -> Any:
+def tail(mpmath: Any, family: str, x: Any) -> Any:
     """The mass beyond x >= 0 of the family at scale 1."""
     if family == "gaussian":
         return mpmath.erfc(x / mpmath.sqrt(2)) / 2
@@ -48,7 +48,7 @@ def make_row(family: str, level: int) -> tuple[int, list[int]]:
         low, high = _bounds(mpmath, level)
         scales = [low * (high / low) ** ((2 * i + mpmath.mpf(1)) / (2 * _NODES)) for i in range(_NODES)]
         reach = MOST_SYMBOLS // 2
-        tails = [sum(_tail(mpmath, family, (v + mpmath.mpf(0.5)) / s) for s in scales) for v in range(reach + 1)]
+        tails = [sum(tail(mpmath, family, (v + mpmath.mpf(0.5)) / s) for s in scales) for v in range(reach + 1)]
         masses = [int(mpmath.nint(mpmath.ldexp(tail / _NODES, _MASS_BITS))) for tail in tails]
     half = [masses[v - 1] - masses[v] for v in range(1, reach + 1)]
     middle = (1 << _MASS_BITS) - 2 * masses[0]

@@ -10,6 +10,8 @@ LADDER_LEVELS = 244
 HEAD = struct.Struct("<4sBBHIIi")
 ROW = struct.Struct("<hH")
 LEVEL = struct.Struct("<HBB")
+MIXTURE_MAGIC = b"LFMX"
+MIXTURE_HEAD = struct.Struct("<4sBBH")
 
 
 def serialize(

@@ -12,8 +12,10 @@ from ..functional.coding import BitstreamError
 from ..functional.rans import rans_decode_, rans_encode, rans_open
 from ._allocate import ESCAPE_BITS
 from ._serialize import LADDER_LEVELS, deserialize
+from .mixtures import MixtureTables, mixture_bits
 from .tables import Tables
 
+AnyTables = Tables | MixtureTables
 Stream = bytes | bytearray | memoryview | Tensor
 _FIRST_KEY, _KEY_SHIFT = 1980, 19
 _LANES_AT, _STREAMS_AT, _STEPS_AT, _ELEMENTS_AT, _DIMENSIONS_AT, _HEAD = 2, 3, 6, 7, 11, 32
@@ -35,16 +37,36 @@ def scale_indexes(scales: Tensor, *, first: int = 0) -> Tensor:
     return (bits >> _KEY_SHIFT).sub_(_FIRST_KEY).clamp_(0, LADDER_LEVELS - 1).add_(first)
 
 
-def _checked(function: str, tables: object) -> Tables:
-    if not isinstance(tables, Tables):
-        raise TypeError(f"{function}: tables must be lic_fast.coding.Tables, got {type(tables).__name__}")
+def _checked(function: str, tables: object) -> AnyTables:
+    if not isinstance(tables, AnyTables):
+        raise TypeError(
+            f"{function}: tables must be lic_fast.coding.Tables or MixtureTables, got {type(tables).__name__}"
+        )
     return tables
 
 
-def _tensors(function: str, symbols: object, indexes: object) -> None:
+def _shape(function: str, indexes: object, tables: AnyTables, batch: int = 0) -> torch.Size:
+    """The shape of the symbols that indexes, or a mixture's parameters, belong to; `batch` sides come before."""
+    if not isinstance(indexes, Tensor):
+        raise TypeError(f"{function}: a tensor is needed, got {type(indexes).__name__}")
+    if isinstance(tables, Tables):
+        return indexes.shape
+    if indexes.dim() <= batch:
+        sides = "[B, 2 + 2 K, *]" if batch else "[2 + 2 K, *]"
+        raise ValueError(f"{function}: parameters must be {sides}, got {list(indexes.shape)}; use mixture_parameters")
+    return indexes.shape[:batch] + indexes.shape[batch + 1 :]
+
+
+def _rows(indexes: Tensor, tables: AnyTables, shape: torch.Size, samples: int, batch: int) -> Tensor:
+    """Indexes as [B, N], or parameters as [B, 2 + 2 K, N], for symbols of a shape without B."""
+    planes = () if isinstance(tables, Tables) else (indexes.shape[batch],)
+    return indexes.reshape(samples, *planes, shape.numel())
+
+
+def _tensors(function: str, symbols: object, indexes: object, tables: AnyTables, batch: int = 0) -> None:
     if not (isinstance(symbols, Tensor) and isinstance(indexes, Tensor)):
         raise TypeError(f"{function}: tensors are needed, got {type(symbols).__name__} and {type(indexes).__name__}")
-    if symbols.shape != indexes.shape:
+    if symbols.shape != _shape(function, indexes, tables, batch):
         raise ValueError(
             f"{function}: shapes must agree, got {list(symbols.shape)} and {list(indexes.shape)}; expand one"
         )
@@ -59,11 +81,12 @@ def _uint8(function: str, stream: Stream) -> Tensor:
     return torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
 
 
-def encode(symbols: Tensor, indexes: Tensor, tables: Tables, *, lanes: int | str = "auto", skip: int = 0) -> bytes:
+def encode(symbols: Tensor, indexes: Tensor, tables: AnyTables, *, lanes: int | str = "auto", skip: int = 0) -> bytes:
     """The container of all symbols.
 
     symbols int32 of any shape (up to 8 sides) on the CPU, any values; indexes of the same shape: fp32 scales (for
-    tables with a ladder), or int32 or uint8 levels. lanes: how many chains are interleaved, a power of two up to 32 or
+    tables with a ladder), or int32 or uint8 levels; for MixtureTables, indexes are the int32 [2 + 2 K, *] of
+    mixture_parameters. lanes: how many chains are interleaved, a power of two up to 32 or
     a multiple of 32; each 32 can be decoded by a thread or a warp of its own, and costs 55 to 60 bytes. skip: elements
     in the first `skip` levels of the ladder must be 0, and are not coded.
 
@@ -72,54 +95,65 @@ def encode(symbols: Tensor, indexes: Tensor, tables: Tables, *, lanes: int | str
     Source: docs/BITSTREAM.md.
     """
     _checked("encode", tables)
-    _tensors("encode", symbols, indexes)
-    row = (1, symbols.numel())
+    _tensors("encode", symbols, indexes, tables)
+    rows = _rows(indexes, tables, symbols.shape, 1, 0)
     stream, _ = rans_encode(
-        symbols.reshape(row), indexes.reshape(row), tables.packed, shape=symbols.shape, lanes=lanes, skip=skip
+        symbols.reshape(1, symbols.numel()), rows, tables.packed, shape=symbols.shape, lanes=lanes, skip=skip
     )
     return stream.numpy().tobytes()
 
 
 def encode_batch(
-    symbols: Tensor, indexes: Tensor, tables: Tables, *, lanes: int | str = "auto", skip: int = 0
+    symbols: Tensor, indexes: Tensor, tables: AnyTables, *, lanes: int | str = "auto", skip: int = 0
 ) -> list[bytes]:
-    """A container for each of B samples, of symbols and indexes [B, *], in one call. Raises what encode raises."""
+    """A container for each of B samples, of symbols and indexes [B, *] (parameters [B, 2 + 2 K, *]), in one call.
+
+    Raises what encode raises.
+    """
     _checked("encode_batch", tables)
-    _tensors("encode_batch", symbols, indexes)
-    if symbols.dim() < 1:
+    if isinstance(symbols, Tensor) and symbols.dim() < 1:
         raise ValueError("encode_batch: symbols must be [B, *], got no dimension; use encode")
+    _tensors("encode_batch", symbols, indexes, tables, 1)
     if len(symbols) == 0:
         return []
-    row = (len(symbols), symbols[0].numel())
+    shape = symbols.shape[1:]
+    rows = _rows(indexes, tables, shape, len(symbols), 1)
     stream, lengths = rans_encode(
-        symbols.reshape(row), indexes.reshape(row), tables.packed, shape=symbols.shape[1:], lanes=lanes, skip=skip
+        symbols.reshape(len(symbols), shape.numel()), rows, tables.packed, shape=shape, lanes=lanes, skip=skip
     )
     data, ends = stream.numpy().tobytes(), lengths.cumsum(0).tolist()
     return [data[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def decode(stream: Stream, indexes: Tensor, tables: Tables, *, check: bool = True) -> Tensor:
+def decode(stream: Stream, indexes: Tensor, tables: AnyTables, *, check: bool = True) -> Tensor:
     """The symbols of a container, int32 of the shape of indexes, which must be those that it was encoded with.
+
+    For MixtureTables, indexes are parameters [2 + 2 K, *], and symbols are [*].
 
     check: whether the CRC is looked at. Without it damage may go unseen, but nothing worse happens.
 
     Raises BitstreamError, naming what is wrong; ValueError for indexes outside the tables; TypeError for dtypes and
     devices; BackendError for a forced backend. Source: docs/BITSTREAM.md.
     """
-    return _decode("decode", [stream], indexes, indexes.shape, tables, check).view(indexes.shape)
+    return _decode("decode", [stream], indexes, tables, 0, check)
 
 
-def decode_batch(streams: Sequence[Stream], indexes: Tensor, tables: Tables, *, check: bool = True) -> Tensor:
-    """The symbols of B containers, int32 [B, *], of indexes [B, *], in one call. Raises what decode raises."""
+def decode_batch(streams: Sequence[Stream], indexes: Tensor, tables: AnyTables, *, check: bool = True) -> Tensor:
+    """The symbols of B containers, int32 [B, *], of indexes [B, *] (parameters [B, 2 + 2 K, *]), in one call.
+
+    Raises what decode raises.
+    """
     if indexes.dim() < 1 or len(streams) != len(indexes):
         raise ValueError(f"decode_batch: {len(streams)} streams need indexes [B, *], got {list(indexes.shape)}")
-    return _decode("decode_batch", streams, indexes, indexes.shape[1:], tables, check).view(indexes.shape)
+    return _decode("decode_batch", streams, indexes, tables, 1, check)
 
 
 def _decode(
-    function: str, streams: Sequence[Stream], indexes: Tensor, shape: torch.Size, tables: Tables, check: bool
+    function: str, streams: Sequence[Stream], indexes: Tensor, tables: AnyTables, batch: int, check: bool
 ) -> Tensor:
     packed = _checked(function, tables).packed
+    whole = _shape(function, indexes, tables, batch)
+    shape = whole[batch:]
     data = [_uint8(function, stream) for stream in streams]
     states = [rans_open(stream, packed, check=check) for stream in data]
     for state in states:
@@ -130,7 +164,8 @@ def _decode(
             raise BitstreamError(
                 f"{function}: the stream holds {what}, the indexes are {list(shape)}; pass its indexes"
             )
-    return rans_decode_(data, states, indexes.reshape(len(data), shape.numel()), packed, last=True)
+    rows = _rows(indexes, tables, shape, len(data), batch)
+    return rans_decode_(data, states, rows, packed, last=True).view(whole)
 
 
 class Encoder:
@@ -141,25 +176,32 @@ class Encoder:
     Raises TypeError where tables are not Tables. Source: docs/BITSTREAM.md.
     """
 
-    def __init__(self, tables: Tables, *, lanes: int | str = "auto", skip: int = 0) -> None:
+    def __init__(self, tables: AnyTables, *, lanes: int | str = "auto", skip: int = 0) -> None:
         self._tables, self._lanes, self._skip = _checked("Encoder", tables), lanes, skip
         self._steps: list[tuple[Tensor, Tensor]] = []
 
     def encode(self, symbols: Tensor, indexes: Tensor) -> None:
         """Appends a step: int32 symbols and indexes (fp32 scales, int32 or uint8 levels) of one shape.
 
-        Raises ValueError where the shapes differ or scales meet tables without a ladder, TypeError for dtypes; indexes
-        are checked by flush.
+        For MixtureTables, indexes are parameters [2 + 2 K, *], of one K in all steps. Raises ValueError where the
+        shapes differ or scales meet tables without a ladder, TypeError for dtypes; indexes are checked by flush.
         """
-        _tensors("Encoder.encode", symbols, indexes)
+        _tensors("Encoder.encode", symbols, indexes, self._tables)
         if symbols.dtype is not torch.int32:
             raise TypeError(f"Encoder.encode: symbols must be int32, got {symbols.dtype}; convert them")
-        self._steps.append((symbols.detach().flatten().clone(), _levels("Encoder.encode", indexes, self._tables)))
+        levels = _levels("Encoder.encode", indexes, self._tables)
+        if self._steps and len(self._steps[0][1].shape) == 2 and len(self._steps[0][1]) != len(levels):
+            raise ValueError(
+                f"Encoder.encode: all steps need as many components, got {len(levels) // 2 - 1} after "
+                f"{len(self._steps[0][1]) // 2 - 1}; give those that lack a weight of 0"
+            )
+        self._steps.append((symbols.detach().flatten().clone(), levels))
 
     def flush(self) -> bytes:
         """The container of all steps so far, and starts anew. Raises what encode raises."""
-        empty = torch.empty(0, dtype=torch.int32)
-        symbols, indexes = (torch.cat([empty, *(step[i] for step in self._steps)])[None] for i in range(2))
+        planes = () if isinstance(self._tables, Tables) else (4,)
+        steps = self._steps or [(torch.empty(0, dtype=torch.int32), torch.empty((*planes, 0), dtype=torch.int32))]
+        symbols, indexes = (torch.cat([step[i] for step in steps], -1)[None] for i in range(2))
         stream, _ = rans_encode(
             symbols, indexes, self._tables.packed, steps=[len(step[0]) for step in self._steps], lanes=self._lanes,
             skip=self._skip,
@@ -168,7 +210,11 @@ class Encoder:
         return stream.numpy().tobytes()
 
 
-def _levels(function: str, indexes: Tensor, tables: Tables) -> Tensor:
+def _levels(function: str, indexes: Tensor, tables: AnyTables) -> Tensor:
+    if isinstance(tables, MixtureTables):
+        if indexes.dtype is not torch.int32:
+            raise TypeError(f"{function}: parameters must be int32, got {indexes.dtype}; use mixture_parameters")
+        return indexes.detach().flatten(1).clone()
     if indexes.dtype is torch.float32:
         if tables.ladder < 0:
             raise ValueError(f"{function}: these tables have no ladder for scales; pass levels")
@@ -185,8 +231,8 @@ class Decoder:
     Source: docs/BITSTREAM.md.
     """
 
-    def __init__(self, stream: Stream, tables: Tables, *, check: bool = True) -> None:
-        self._packed = _checked("Decoder", tables).packed
+    def __init__(self, stream: Stream, tables: AnyTables, *, check: bool = True) -> None:
+        self._tables, self._packed = tables, _checked("Decoder", tables).packed
         self._stream = _uint8("Decoder", stream)
         self._state = rans_open(self._stream, self._packed, check=check)
         if int(self._state[_DIMENSIONS_AT]) >= 0:
@@ -194,20 +240,21 @@ class Decoder:
         self.steps, self.elements = int(self._state[_STEPS_AT]), int(self._state[_ELEMENTS_AT])
 
     def decode(self, indexes: Tensor) -> Tensor:
-        """The symbols of the next step, int32 of the shape of its indexes.
+        """The symbols of the next step, int32 of the shape of its indexes (of parameters [2 + 2 K, *], that of *).
 
         Raises BitstreamError where the stream runs out, ValueError for indexes outside the tables, TypeError for dtypes
         and devices. After an error the decoder is of no more use.
         """
-        row = indexes.reshape(1, indexes.numel())
-        return rans_decode_([self._stream], [self._state], row, self._packed, last=False).view(indexes.shape)
+        shape = _shape("Decoder.decode", indexes, self._tables)
+        rows = _rows(indexes, self._tables, shape, 1, 0)
+        return rans_decode_([self._stream], [self._state], rows, self._packed, last=False).view(shape)
 
     def finish(self) -> None:
         """Checks that every step was decoded and nothing is left over: the whole stream vouches for its symbols.
 
         Raises BitstreamError where that is not so.
         """
-        none = torch.empty((1, 0), dtype=torch.int32)
+        none = torch.empty((1, 0) if isinstance(self._tables, Tables) else (1, 4, 0), dtype=torch.int32)
         rans_decode_([self._stream], [self._state], none, self._packed, last=True)
 
 
@@ -247,7 +294,7 @@ class RateReport:
 def rate_report(
     symbols: Tensor,
     indexes: Tensor,
-    tables: Tables,
+    tables: AnyTables,
     stream: Stream,
     *,
     estimated_bits: float | None = None,
@@ -260,21 +307,15 @@ def rate_report(
 
     Raises what decode raises for the stream and its arguments. Source: our choice.
     """
-    _tensors("rate_report", symbols, indexes)
+    _tensors("rate_report", symbols, indexes, tables)
     data = _uint8("rate_report", stream)
     state = rans_open(data, _checked("rate_report", tables).packed)
-    levels = _levels("rate_report", indexes, tables).long()
-    precision, ladder, rows, pairs = deserialize(tables.serialized)
-    costs = torch.full((len(rows), 256), 0.0, dtype=torch.float64)
-    for i, (_, frequencies) in enumerate(rows):
-        costs[i, : len(frequencies)] = precision - torch.tensor(frequencies, dtype=torch.float64).log2()
-    row, shift = (torch.tensor(pairs)[levels, i] for i in range(2))
-    offset = torch.tensor([offset for offset, _ in rows])[row]
-    size = torch.tensor([len(frequencies) - 1 for _, frequencies in rows])[row]
-    number = ((symbols.flatten().long() + (1 << shift >> 1)) >> shift) - offset
-    escaped = (number < 0) | (number >= size)
-    coded = ~((levels >= ladder) & (levels < ladder + skip))
-    bits = costs[row, torch.where(escaped, size, number)] + shift + ESCAPE_BITS * escaped
+    levels = _levels("rate_report", indexes, tables)
+    price = _table_bits if isinstance(tables, Tables) else mixture_bits
+    bits, escaped = price(symbols.flatten(), levels, tables)
+    ladder = tables.ladder
+    coded = ~((levels >= ladder) & (levels < ladder + skip)) if skip else torch.ones_like(escaped)
+    bits = bits + ESCAPE_BITS * escaped
     lanes, streams = int(state[_LANES_AT]), int(state[_STREAMS_AT])
     per_stream = state[_HEAD:].view(streams, -1)
     states = per_stream[:, 8:].contiguous().view(torch.int32)[:, :lanes].long() & 0xFFFFFFFF
@@ -285,3 +326,18 @@ def rate_report(
         symbols.numel(), estimated_bits, float(bits[coded].sum()), real, real - payload - lane_bits, lane_bits,
         int((escaped & coded).sum()),
     )  # fmt: skip
+
+
+def _table_bits(symbols: Tensor, levels: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
+    """(the ideal length of each symbol, plain bits included but no escape values; which escape)."""
+    levels = levels.long()
+    precision, _, rows, pairs = deserialize(tables.serialized)
+    costs = torch.full((len(rows), 256), 0.0, dtype=torch.float64)
+    for i, (_, frequencies) in enumerate(rows):
+        costs[i, : len(frequencies)] = precision - torch.tensor(frequencies, dtype=torch.float64).log2()
+    row, shift = (torch.tensor(pairs)[levels, i] for i in range(2))
+    offset = torch.tensor([offset for offset, _ in rows])[row]
+    size = torch.tensor([len(frequencies) - 1 for _, frequencies in rows])[row]
+    number = ((symbols.long() + (1 << shift >> 1)) >> shift) - offset
+    escaped = (number < 0) | (number >= size)
+    return costs[row, torch.where(escaped, size, number)] + shift, escaped

@@ -16,6 +16,7 @@ from .modes import cmd_assign, embed_select, rls_update_, sensitivity_accumulate
 from .parameters import affine_reconstruct, affine_reconstruct_, sma_update_
 from .preconditioning import adam_update_, refresh_eigenbasis, rotate_moments_, soap_update_
 from .rans import rans_decode_, rans_encode, rans_lanes, rans_open, rans_pack
+from .rans_mixture import mixture_parameters, rans_pack_mixture
 
 __all__ = [
     "FlatLayout",
@@ -35,6 +36,7 @@ __all__ = [
     "in_memory_order",
     "laplace_rate",
     "logistic_rate",
+    "mixture_parameters",
     "mixture_rate",
     "pack_factorized",
     "rans_decode_",
@@ -42,6 +44,7 @@ __all__ = [
     "rans_lanes",
     "rans_open",
     "rans_pack",
+    "rans_pack_mixture",
     "refresh_eigenbasis",
     "rls_update_",
     "rotate_moments_",

@@ -17,6 +17,7 @@ from . import _check
 from .coding import BitstreamError
 
 LADDER_LEVELS = _container.LADDER_LEVELS
+MOST_COMPONENTS = 16  # of a mixture
 MOST_LANES = 32  # of a stream
 _HEAD = struct.Struct("<4sBBHIIi")
 _MOST_ROWS, _MOST_LEVELS, _MOST_SIZE, _MOST_SHIFT = 4000, 1 << 16, 255, 15
@@ -108,6 +109,24 @@ def rans_lanes(lanes: int | str, elements: int) -> tuple[int, int]:
     )
 
 
+def _elements(f: str, indexes: object, packed: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """What tells how elements are coded, contiguous, and (samples, elements of each)."""
+    if packed[1]:  # tables that have rows
+        indexes = _rows(f, "indexes", indexes, _op.INDEX_DTYPES)
+        return indexes, (indexes.shape[0], indexes.shape[1])
+    tensor = _check.tensor(f, "parameters", indexes)
+    _check.dtype_in(f, "parameters", tensor, (torch.int32,))
+    if not tensor.is_cpu:
+        raise TypeError(f"{f}: parameters must be on the CPU, got {tensor.device}; move them with .cpu()")
+    planes = tensor.shape[1] if tensor.dim() == 3 else 0
+    if planes % 2 or not 4 <= planes <= 2 + 2 * MOST_COMPONENTS:
+        raise ValueError(
+            f"{f}: parameters must be [B, 2 + 2 K, N] of 1 to {MOST_COMPONENTS} components, got {list(tensor.shape)}; "
+            "pass what mixture_parameters gives"
+        )
+    return tensor.detach().contiguous(), (tensor.shape[0], tensor.shape[2])
+
+
 def _rows(f: str, name: str, value: object, dtypes: Sequence[torch.dtype]) -> Tensor:
     tensor = _check.tensor(f, name, value)
     _check.dtype_in(f, name, tensor, dtypes)
@@ -119,12 +138,16 @@ def _rows(f: str, name: str, value: object, dtypes: Sequence[torch.dtype]) -> Te
 
 
 def _outside(f: str, indexes: Tensor, packed: Tensor) -> str:
+    if not packed[1]:
+        return f"{f}: parameters have weights, ranges or means that mixture_parameters never gives; pass what it gives"
     return (
         f"{f}: indexes must be in [0, {int(packed[2])}), got {int(indexes.min())} to {int(indexes.max())}; clamp them"
     )
 
 
 def _check_ladder(f: str, indexes: Tensor, packed: Tensor, skip: int) -> None:
+    if skip and not packed[1]:
+        raise ValueError(f"{f}: mixtures are never skipped, got skip={skip}; pass skip=0")
     if (indexes.dtype is torch.float32 or skip) and int(packed[4]) < 0:
         raise ValueError(f"{f}: these tables have no ladder for scales, and none to skip on; pass indexes, and skip=0")
 
@@ -142,7 +165,8 @@ def rans_encode(
     """Containers of B samples, one after the other as uint8 [bytes], and how long each is, int64 [B].
 
     symbols int32 [B, N], any values; indexes [B, N]: int32 or uint8 levels of the tables, or fp32 scales, of which the
-    kernel takes the level itself. packed: of rans_pack. shape: of a sample, of N elements (default [N]); or steps: the
+    kernel takes the level itself; or a mixture's integers, int32 [B, 2 + 2 K, N]. packed: of rans_pack, or of
+    rans_pack_mixture for mixtures. shape: of a sample, of N elements (default [N]); or steps: the
     elements of each step of a stepwise stream, N in all. skip: elements of the first `skip` levels of the ladder are 0
     and not coded.
 
@@ -152,8 +176,9 @@ def rans_encode(
     choice.
     """
     f = "rans_encode"
-    symbols, indexes = _rows(f, "symbols", symbols, (torch.int32,)), _rows(f, "indexes", indexes, _op.INDEX_DTYPES)
-    _check.same_shape(f, ("symbols", symbols), ("indexes", indexes))
+    symbols, (indexes, held) = _rows(f, "symbols", symbols, (torch.int32,)), _elements(f, indexes, packed)
+    if symbols.shape != held:
+        raise ValueError(f"{f}: shapes must agree, got {list(symbols.shape)} and {list(held)}; expand one")
     if not 0 <= skip <= LADDER_LEVELS:
         raise ValueError(f"{f}: skip must be 0 to {LADDER_LEVELS} levels, got {skip}")
     _check_ladder(f, indexes, packed, skip)
@@ -166,7 +191,9 @@ def rans_encode(
         raise ValueError(f"{f}: a shape has at most {_container.MOST_DIMENSIONS} sides, got {sides}; flatten some")
     width, streams = rans_lanes(lanes, n)
     flags = width.bit_length() - 1 | 8 * bool(skip) | 16 * (steps is not None)
-    head = b"LFR\1\0" + bytes([flags]) + int(packed[_op.HASH_WORD]).to_bytes(8, "little", signed=True)
+    head = (
+        b"LFR\1" + bytes([0 if packed[1] else 1, flags]) + int(packed[_op.HASH_WORD]).to_bytes(8, "little", signed=True)
+    )
     head += (bytes([skip]) if skip else b"") + _container.varint(streams)
     counts = [len(sides), *sides] if steps is None else [len(sizes), n]
     head += b"".join(_container.varint(count) for count in counts)
@@ -203,8 +230,9 @@ def rans_open(stream: Tensor, packed: Tensor, *, check: bool = True) -> Tensor:
     if hashed != int(packed[_op.HASH_WORD]):
         name = hashed.to_bytes(8, "little", signed=True).hex()
         raise BitstreamError(f"{f}: the stream was made with the tables {name}, which these are not; pass those")
-    if int(state[_container.PROFILE_AT]):
-        raise BitstreamError(f"{f}: the stream is one of mixtures, these are tables; use the mixtures' decoder")
+    if int(state[_container.PROFILE_AT]) != (0 if packed[1] else 1):
+        kinds = ("mixtures", "tables") if packed[1] else ("tables", "mixtures")
+        raise BitstreamError(f"{f}: the stream is one of {kinds[0]}, decoded as one of {kinds[1]}; pass those")
     return state
 
 
@@ -213,20 +241,21 @@ def rans_decode_(
 ) -> Tensor:
     """The next step of B containers, int32 [B, n]; the states, of rans_open, move on.
 
-    indexes [B, n]: as the encoder had them. last: whether this is the last step, after which nothing may be left over.
+    indexes [B, n], or mixtures' integers [B, 2 + 2 K, n]: as the encoder had them. last: whether this is the
+    last step, after which nothing may be left over.
 
     Raises BitstreamError where a stream runs out, or ends elsewhere; ValueError for shapes and indexes outside the
     tables, TypeError for dtypes and devices, BackendError for a forced backend. After an error the states mean nothing.
     Source: as rans_encode.
     """
     f = "rans_decode_"
-    indexes = _rows(f, "indexes", indexes, _op.INDEX_DTYPES)
+    indexes, held = _elements(f, indexes, packed)
     if not len(streams) == len(states) == len(indexes):
         raise ValueError(
             f"{f}: {len(indexes)} samples need as many streams and states, got {len(streams)} and {len(states)}"
         )
     _check_ladder(f, indexes, packed, 0)
-    symbols = torch.empty(indexes.shape, dtype=torch.int32)
+    symbols = torch.empty(held, dtype=torch.int32)
     if len(indexes) == 0:
         return symbols
     torch.ops.lic_fast.rans_coder_decode_(list(streams), list(states), indexes, packed, symbols, last)

@@ -11,11 +11,23 @@ from .._dispatch import Impl, OpSpec, register
 from ..reference import _rans_container as container
 from ..reference.rans_coder import rans_coder_decode_ as reference_decode_
 from ..reference.rans_coder import rans_coder_encode as reference_encode
+from ..reference.rans_coder import rans_coder_mixture as reference_mixture
 from ..reference.rans_coder import rans_coder_open as reference_open
 from ..reference.rans_coder import shares
 from ._library import define
 
-__all__ = ["DECODE_", "ENCODE", "HASH_WORD", "INDEX_DTYPES", "OPEN", "container", "pack", "shares"]
+__all__ = [
+    "DECODE_",
+    "ENCODE",
+    "HASH_WORD",
+    "INDEX_DTYPES",
+    "MIXTURE",
+    "OPEN",
+    "container",
+    "pack",
+    "pack_mixture",
+    "shares",
+]
 
 INDEX_DTYPES = (torch.int32, torch.uint8, torch.float32)
 _HEAD = 8  # 64-bit words: precision, rows, levels, stride, ladder, hash, 0, 0
@@ -60,6 +72,24 @@ def pack(
     return torch.from_numpy(np.concatenate([head, *(np.frombuffer(part, np.int64) for part in parts)]))
 
 
+def pack_mixture(
+    precision: int, steps: int, table_hash: int, halves: np.ndarray, slopes: np.ndarray, reach: np.ndarray
+) -> Tensor:
+    """Checked tables of mixtures as csrc/common/rans_mixture.h reads them, int64 [88].
+
+    Header, entries (halves, slopes [64]), reach [17], quantiles. The header's second word, 0, tells them from those
+    that have rows. Quantiles, in 256ths of a scale for 64 equal parts of the slots, say where a search begins.
+    """
+    entries = halves.astype(np.uint32) << 16 | slopes.astype(np.uint32)
+    target = np.abs(np.arange(64) * 2 - 63) << 10  # the middle of a part, as a half mass
+    at = np.interp(target, np.append(halves, halves[-1] + slopes[-1]), np.arange(65)) * 256 / steps
+    quantiles = np.rint(np.sign(np.arange(64) - 31.5) * at).astype(np.int32)
+    head = np.array([precision, 0, len(entries), steps, -1, table_hash, 0, 0], np.int64)
+    reaches = np.zeros(32, np.uint32)
+    reaches[: len(reach)] = reach
+    return torch.from_numpy(np.concatenate([head, *(part.view(np.int64) for part in (entries, reaches, quantiles))]))
+
+
 def _native_encode(*arguments: object) -> tuple[Tensor, Tensor]:
     return _native.op("cpp", "rans_coder_encode")(*arguments, VARIANT)
 
@@ -70,6 +100,10 @@ def _native_open(stream: Tensor, check: bool) -> Tensor:
 
 def _native_decode_(*arguments: object) -> None:
     _native.op("cpp", "rans_coder_decode_out")(*arguments, VARIANT)
+
+
+def _native_mixture(*arguments: object) -> Tensor:
+    return _native.op("cpp", "rans_coder_mixture")(*arguments)
 
 
 def _why_not(device: str) -> str | None:
@@ -87,6 +121,7 @@ def _spec(name: str, native: object, reference: object, dtypes: tuple[torch.dtyp
 ENCODE = _spec("rans_coder_encode", _native_encode, reference_encode, (torch.int32,))
 OPEN = _spec("rans_coder_open", _native_open, reference_open, (torch.uint8,))
 DECODE_ = _spec("rans_coder_decode_", _native_decode_, reference_decode_, INDEX_DTYPES)
+MIXTURE = _spec("rans_coder_mixture", _native_mixture, reference_mixture, (torch.float32,))
 
 
 def _encode(symbols: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
@@ -116,6 +151,15 @@ def _fake_decode_(*_: object) -> None:
     return None
 
 
+def _mixture(scales: Tensor, means: Tensor, weights: Tensor, packed: Tensor) -> Tensor:
+    return MIXTURE(scales, scales, means, weights, packed)
+
+
+def _fake_mixture(scales: Tensor, means: Tensor, weights: Tensor, packed: Tensor) -> Tensor:
+    batch, components, n = scales.shape
+    return scales.new_empty((batch, 2 + 2 * components, n), dtype=torch.int32)
+
+
 define(
     "rans_coder_encode(Tensor symbols, Tensor indexes, Tensor packed, Tensor head, Tensor steps, int lanes, "
     "int streams, int skip) -> (Tensor, Tensor)",
@@ -123,6 +167,9 @@ define(
     _fake_encode,
 )
 define("rans_coder_open(Tensor stream, bool check) -> Tensor", _open, _fake_open)
+define(
+    "rans_coder_mixture(Tensor scales, Tensor means, Tensor weights, Tensor packed) -> Tensor", _mixture, _fake_mixture
+)
 define(
     "rans_coder_decode_(Tensor[] streams, Tensor(a!)[] states, Tensor indexes, Tensor packed, Tensor(b!) symbols, "
     "bool last) -> ()",

@@ -99,7 +99,7 @@ def _read_head(reader: _Reader, head: np.ndarray) -> None:
     head[PROFILE_AT] = data[4]
     _refuse_where(data[4] > 1, PROFILE)
     flags = data[5]
-    _refuse_where(bool(flags >> 5) or flags & 7 > 5, FLAGS)
+    _refuse_where(bool(flags >> 5) or flags & 7 > 5 or (data[4] == 1 and bool(flags & 8)), FLAGS)
     head[LANES] = 1 << (flags & 7)
     head[HASH] = int.from_bytes(data[6:14], "little", signed=True)
     reader.at = _LEAST

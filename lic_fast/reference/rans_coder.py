@@ -30,8 +30,9 @@ from ._rans_container import (
     states_of,
     write,
 )
+from ._rans_mixture import Mixtures, rans_coder_mixture
 
-__all__ = ["Tables", "rans_coder_decode_", "rans_coder_encode", "rans_coder_open"]
+__all__ = ["Tables", "rans_coder_decode_", "rans_coder_encode", "rans_coder_mixture", "rans_coder_open"]
 
 LOW = 1 << 16
 TAIL_LIMIT = (1 << 32) - LOW
@@ -63,6 +64,38 @@ class Tables:
             raise Refused(INDEX_OUTSIDE)
         return levels
 
+    def skipped(self, levels: np.ndarray, skip: int) -> np.ndarray:
+        """Which elements are left out."""
+        return (levels >= self.ladder) & (levels < self.ladder + skip)
+
+    def coded(self, levels: np.ndarray, symbols: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Shift, value, plain bits, whether escaped, start and frequency of symbols."""
+        shift, row, size = self.shift[levels], self.row[levels], self.size[levels]
+        shifted = _int32(symbols + (1 << shift >> 1))
+        value, raw = shifted >> shift, shifted & (1 << shift) - 1
+        number = value - self.offset[levels]
+        escaped = (number < 0) | (number >= size)
+        number = np.where(escaped, size, number)
+        start = self.starts[row, number]
+        return shift, value, raw, escaped, start, self.starts[row, number + 1] - start
+
+    def found(self, levels: np.ndarray, slot: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Shift, value, whether escaped, start and frequency of the symbols that hold the slots."""
+        row = self.row[levels]
+        number = (self.starts[row] <= slot[:, None]).sum(1) - 1
+        start = self.starts[row, number]
+        escaped = number == self.size[levels]
+        return self.shift[levels], number + self.offset[levels], escaped, start, self.starts[row, number + 1] - start
+
+    def joined(self, levels: np.ndarray, value: np.ndarray, raw: np.ndarray) -> np.ndarray:
+        """Symbols from values and plain bits, modulo 2**32."""
+        shift = self.shift[levels]
+        return _int32((value << shift) + raw - (1 << shift >> 1))
+
+
+def _tables(packed: Tensor) -> Tables | Mixtures:
+    return Tables(packed) if packed[1] else Mixtures(packed)
+
 
 def _int32(values: np.ndarray) -> np.ndarray:
     return values.astype(np.uint32).view(np.int32).astype(np.int64)
@@ -78,23 +111,15 @@ def shares(elements: int, lanes: int, streams: int) -> list[slice]:
 class _Encoder:
     """One stream; rows come from the last to the first."""
 
-    def __init__(self, tables: Tables, lanes: int) -> None:
+    def __init__(self, tables: Tables | Mixtures, lanes: int) -> None:
         self.tables, self.x = tables, np.zeros(lanes, np.int64)
         self.in_tail, self.tail_rows, self.rows = True, 0, 0
         self.words: list[int] = []  # the first one last
         self.escapes: list[int] = []  # the first one last
 
     def row(self, levels: np.ndarray, symbols: np.ndarray) -> None:
-        t, n = self.tables, self.tables.precision
-        shift, row, size = t.shift[levels], t.row[levels], t.size[levels]
-        shifted = _int32(symbols + (1 << shift >> 1))
-        value, raw = shifted >> shift, shifted & (1 << shift) - 1
-        number = value - t.offset[levels]
-        escaped = (number < 0) | (number >= size)
-        number = np.where(escaped, size, number)
-        start = t.starts[row, number]
-        frequency = t.starts[row, number + 1] - start
-        active = len(levels)
+        n, active = self.tables.precision, len(levels)
+        shift, value, raw, escaped, start, frequency = self.tables.coded(levels, symbols)
         if self.in_tail:
             bits = self.x[:active] << shift | raw
             x = (bits // frequency << n) + bits % frequency + start
@@ -123,10 +148,10 @@ def rans_coder_encode(
 ) -> tuple[Tensor, Tensor]:
     """Containers of symbols [B, N], one after the other as uint8 [bytes], and their sizes, int64 [B].
 
-    indexes: int32 or uint8 levels or fp32 scales [B, N]; steps int64 [S]: elements of each step, N in all. A negative
-    first size is a status.
+    indexes: int32 or uint8 levels or fp32 scales [B, N], or mixtures' integers int32 [B, 2 + 2 K, N]; steps int64 [S]:
+    elements of each step, N in all. A negative first size is a status.
     """
-    tables, first = Tables(packed), head.numpy().tobytes()
+    tables, first = _tables(packed), head.numpy().tobytes()
     try:
         containers = [
             write(first, _encode_one(tables, row, index, steps.tolist(), lanes, streams, skip))
@@ -139,13 +164,19 @@ def rans_coder_encode(
 
 
 def _encode_one(
-    tables: Tables, symbols: np.ndarray, indexes: np.ndarray, steps: list[int], lanes: int, streams: int, skip: int
+    tables: Tables | Mixtures,
+    symbols: np.ndarray,
+    indexes: np.ndarray,
+    steps: list[int],
+    lanes: int,
+    streams: int,
+    skip: int,
 ) -> list[tuple[int, np.ndarray, list[int], list[int]]]:
     levels, coders, end = tables.of(indexes), [_Encoder(tables, lanes) for _ in range(streams)], len(symbols)
     for step in reversed(steps):
         for coder, share in zip(coders, shares(step, lanes, streams), strict=True):
             own, values = levels[end - step : end][share], symbols[end - step : end][share]
-            coded = ~_skipped(tables, own, skip)
+            coded = ~tables.skipped(own, skip)
             if values[~coded].any():
                 raise Refused(NOT_ZERO)
             own, values = own[coded], values[coded]
@@ -158,14 +189,10 @@ def _encode_one(
     return [(coder.rows, coder.x, coder.words[::-1], coder.escapes[::-1]) for coder in coders]
 
 
-def _skipped(tables: Tables, levels: np.ndarray, skip: int) -> np.ndarray:
-    return (levels >= tables.ladder) & (levels < tables.ladder + skip)
-
-
 class _Decoder:
     """One stream, from its state on."""
 
-    def __init__(self, tables: Tables, data: bytes, stream: np.ndarray, x: np.ndarray, lanes: int) -> None:
+    def __init__(self, tables: Tables | Mixtures, data: bytes, stream: np.ndarray, x: np.ndarray, lanes: int) -> None:
         self.tables, self.data, self.stream, self.x = tables, data, stream, x[:lanes]
 
     def take(self, at: int, left: int, width: int, signed: bool) -> int:
@@ -188,24 +215,21 @@ class _Decoder:
 
     def row(self, levels: np.ndarray) -> np.ndarray:
         self.enter_tail()
-        t, n, active = self.tables, self.tables.precision, len(levels)
+        n, active = self.tables.precision, len(levels)
         x = self.x[:active].astype(np.int64)
-        row, shift = t.row[levels], t.shift[levels]
         slot = x & (1 << n) - 1
-        number = (t.starts[row] <= slot[:, None]).sum(1) - 1
-        start = t.starts[row, number]
-        x = (t.starts[row, number + 1] - start) * (x >> n) + slot - start
+        shift, value, escaped, start, frequency = self.tables.found(levels, slot)
+        x = frequency * (x >> n) + slot - start
         self.refill(x, np.ones(active, bool))
         raw = x & (1 << shift) - 1
         x = x >> shift
         self.refill(x, shift > 0)
-        value = number + t.offset[levels]
-        for i in np.flatnonzero(number == t.size[levels]):
+        for i in np.flatnonzero(escaped):
             value[i] = self.take(ESCAPE_AT, ESCAPES, int(self.stream[ESCAPE_WIDTH]), True)
         self.x[:active] = x.astype(np.uint32)
         if self.stream[ROWS] > 0:
             self.stream[ROWS] -= 1
-        return _int32((value << shift) + raw - (1 << shift >> 1))
+        return self.tables.joined(levels, value, raw)
 
 
 def rans_coder_decode_(
@@ -216,7 +240,7 @@ def rans_coder_decode_(
     indexes [B, n] as in rans_coder_encode. Where `last`, nothing may be left over. The first state's status says how it
     went.
     """
-    tables, (batch, n) = Tables(packed), symbols.shape
+    tables, (batch, n) = _tables(packed), symbols.shape
     out = symbols.numpy()
     try:
         for b in range(batch):
@@ -232,13 +256,14 @@ def rans_coder_decode_(
         states[0][STATUS] = refused.status
 
 
-def _decode_one(tables: Tables, data: bytes, state: Tensor, indexes: np.ndarray) -> np.ndarray:
+def _decode_one(tables: Tables | Mixtures, data: bytes, state: Tensor, indexes: np.ndarray) -> np.ndarray:
     head, streams, states = states_of(state)
-    levels, symbols = tables.of(indexes), np.zeros(len(indexes), np.int32)
+    levels = tables.of(indexes)
+    symbols = np.zeros(len(levels), np.int32)
     lanes = int(head[LANES])
     for stream, x, share in zip(streams, states, shares(len(levels), lanes, int(head[STREAMS])), strict=True):
         coder = _Decoder(tables, data, stream, x, lanes)
-        coded = ~_skipped(tables, levels[share], int(head[SKIP]))
+        coded = ~tables.skipped(levels[share], int(head[SKIP]))
         own = levels[share][coded]
         values = [coder.row(own[i : i + lanes]) for i in range(0, len(own), lanes)]
         if values:
