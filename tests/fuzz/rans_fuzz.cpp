@@ -104,7 +104,7 @@ End decode(const Tables& tables, const Opened& opened, const Bytes& bytes, const
   for (const int64_t step : steps) {
     for (int64_t w = 0; w < head.streams; ++w) {
       const Share share = share_of(step, layout, w);
-      StreamDecoder<Index> decoder(tables, layout, bytes.data(), &end.streams[w], variant);
+      StreamDecoder<const Index*> decoder(tables, layout, bytes.data(), &end.streams[w], variant);
       const int64_t first = at + share.first;
       const Status status = decoder.run(index.data() + first, end.symbols.data() + first, share.count);
       if (end.status == kDone) end.status = status;

@@ -166,7 +166,7 @@ inline int64_t random_size(Random& random) {
 
 // Appends words, escape values and check to the head.
 template <class Index>
-void write_payload(const std::vector<std::unique_ptr<StreamEncoder<Index>>>& coders, Bytes* out) {
+void write_payload(const std::vector<std::unique_ptr<StreamEncoder<const Index*>>>& coders, Bytes* out) {
   const auto append = [out](const void* from, int64_t bytes) {
     const auto* first = static_cast<const uint8_t*>(from);
     out->insert(out->end(), first, first + bytes);
@@ -186,12 +186,12 @@ void write_payload(const std::vector<std::unique_ptr<StreamEncoder<Index>>>& cod
 template <class Index>
 bool encode_sample(Random& random, const Tables& tables, const Layout& layout, const std::vector<Index>& index,
                    const Bytes& head, Sample* sample) {
-  std::vector<std::unique_ptr<StreamEncoder<Index>>> coders;
+  std::vector<std::unique_ptr<StreamEncoder<const Index*>>> coders;
   std::vector<Finished> finished;
   const auto n = static_cast<int64_t>(index.size());
   const Variant variant = random_variant(random);
   for (int64_t w = 0; w < layout.streams; ++w) {
-    coders.push_back(std::make_unique<StreamEncoder<Index>>(tables, layout, n / layout.streams, variant));
+    coders.push_back(std::make_unique<StreamEncoder<const Index*>>(tables, layout, n / layout.streams, variant));
     int64_t end = n;
     for (auto step = sample->steps.rbegin(); step != sample->steps.rend(); ++step) {
       end -= *step;
