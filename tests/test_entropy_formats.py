@@ -266,7 +266,7 @@ def test_wrong_formats_and_streams():
         gaussian.scale_indexes(torch.ones(3, dtype=torch.int32))
 
 
-def test_mixtures_say_what_is_not_there_yet():
+def test_mixtures_say_where_they_are_coded():
     model = entropy.GaussianMixtureConditional(2)
     y, s = torch.randn(1, 3, 2, 2), torch.rand(1, 6, 2, 2)
     (stream, abs_max, bitmap), _ = model.compress(y, s, s, s, format="compressai")
@@ -274,9 +274,7 @@ def test_mixtures_say_what_is_not_there_yet():
         lambda: model.compress(y, s, s, s, **OURS),
         lambda: model.decompress(stream, abs_max, bitmap, s, s, s, **OURS),
     ):
-        with pytest.raises(
-            NotImplementedError, match=r"no coder for mixtures yet \(profile 1 .*use format='compressai'"
-        ):
+        with pytest.raises(ValueError, match=r"CompressAI's format only.*mixture_parameters .* or format='compressai'"):
             call()
     with pytest.raises(ValueError, match="unknown format"):
         model.compress(y, s, s, s, format="other")

@@ -22,11 +22,11 @@ def is_own(function: str, format: str) -> bool:
 
 
 def refuse_mixtures(function: str, format: str) -> None:
-    """Raises NotImplementedError for lic_fast's format, ValueError for one that does not exist."""
+    """Raises ValueError for lic_fast's format, in which mixtures are coded from integers, and for unknown ones."""
     if is_own(function, format):
-        raise NotImplementedError(
-            f"{function}: lic_fast's bitstream has no coder for mixtures yet (profile 1 of docs/BITSTREAM.md), got "
-            "format='lic_fast'; use format='compressai'"
+        raise ValueError(
+            f"{function}: this module codes mixtures in CompressAI's format only, got format='lic_fast'; use "
+            "lic_fast.coding.mixture_parameters with encode and decode, or format='compressai'"
         )
 
 

@@ -75,8 +75,8 @@ class GaussianMixtureConditional(ScaleTables, compressai.entropy_models.Gaussian
         """((stream, abs_max, zero_bitmap [C]), round(y)): one stream for y [1, C, H, W]; CompressAI's bytes.
 
         scales, means, weights [1, K * C, H, W]. Channels that are zero everywhere are not coded. Raises ValueError for
-        more than one sample, which CompressAI's format has no place for, and for no elements; NotImplementedError for
-        format "lic_fast".
+        more than one sample, which CompressAI's format has no place for, for no elements, and for format "lic_fast",
+        in which lic_fast.coding.encode codes mixtures.
         """
         refuse_mixtures("GaussianMixtureConditional.compress", format)
         if y.dim() != 4 or y.shape[0] != 1 or y.numel() == 0:
@@ -112,8 +112,8 @@ class GaussianMixtureConditional(ScaleTables, compressai.entropy_models.Gaussian
     ) -> Tensor:
         """round(y) [1, C, H, W] fp32, on scales' device, from what compress() gives.
 
-        Raises ValueError for more than one sample, and for a stream that is truncated, damaged or not of these
-        parameters; NotImplementedError for format "lic_fast".
+        Raises ValueError for more than one sample, for a stream that is truncated, damaged or not of these parameters,
+        and for format "lic_fast".
         """
         refuse_mixtures("GaussianMixtureConditional.decompress", format)
         if scales.dim() != 4 or scales.shape[0] != 1:
