@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from collections.abc import Sequence
+from typing import Any
 
 MAGIC = b"LFTB"
 LADDER_LEVELS = 244
@@ -12,6 +14,23 @@ ROW = struct.Struct("<hH")
 LEVEL = struct.Struct("<HBB")
 MIXTURE_MAGIC = b"LFMX"
 MIXTURE_HEAD = struct.Struct("<4sBBH")
+
+
+class Serialized:
+    """What is its bytes: compared, hashed, copied and pickled as them. `hash`: what streams name it by."""
+
+    def __init__(self, serialized: bytes) -> None:
+        self.serialized = serialized
+        self.hash = hashlib.sha256(serialized).hexdigest()[:16]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.serialized,)
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and self.serialized == other.serialized
+
+    def __hash__(self) -> int:
+        return hash(self.serialized)
 
 
 def serialize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from pathlib import Path
 
 import torch
@@ -11,14 +10,14 @@ from torch import Tensor
 
 from ..functional.rans_mixture import mixture_parameters as _parameters
 from ..functional.rans_mixture import rans_pack_mixture
-from ._serialize import MIXTURE_HEAD
+from ._serialize import MIXTURE_HEAD, Serialized
 
 MIXTURE_FAMILIES = ("gaussian", "laplace", "logistic")
 _FOLDER = Path(__file__).parent / "constant_tables"
 _UNIT_BITS = 10
 
 
-class MixtureTables:
+class MixtureTables(Serialized):
     """The table that mixtures of a family are coded with, checked once.
 
     serialized: its bytes. `hash`: 16 hexadecimal digits, which every stream carries. Pickles and copies as its bytes.
@@ -31,18 +30,8 @@ class MixtureTables:
 
     def __init__(self, serialized: bytes) -> None:
         self.packed = rans_pack_mixture(serialized)
-        self.serialized = serialized
+        super().__init__(serialized)
         self.precision = MIXTURE_HEAD.unpack_from(serialized)[1]
-        self.hash = hashlib.sha256(serialized).hexdigest()[:16]
-
-    def __reduce__(self) -> tuple[type[MixtureTables], tuple[bytes]]:
-        return MixtureTables, (self.serialized,)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, MixtureTables) and self.serialized == other.serialized
-
-    def __hash__(self) -> int:
-        return hash(self.serialized)
 
     def __repr__(self) -> str:
         return f"MixtureTables(hash {self.hash})"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from ..functional.rans import rans_pack
 from ._allocate import MOST_SYMBOLS, best_row
-from ._serialize import HEAD, LADDER_LEVELS, deserialize, serialize
+from ._serialize import HEAD, LADDER_LEVELS, Serialized, deserialize, serialize
 
 FAMILIES = ("gaussian", "laplace", "logistic")
 _FOLDER = Path(__file__).parent / "constant_tables"
@@ -20,7 +19,7 @@ _MASS_BITS = 60
 _MOST_SHIFT = 15
 
 
-class Tables:
+class Tables(Serialized):
     """A table set, checked once, and what coding with it looks up.
 
     serialized: the bytes of a set (store these with a model whose tables they are). len() is the number of levels, the
@@ -33,21 +32,11 @@ class Tables:
 
     def __init__(self, serialized: bytes) -> None:
         self.packed = rans_pack(serialized)
-        self.serialized = serialized
+        super().__init__(serialized)
         self.precision, self.ladder = HEAD.unpack_from(serialized)[1], HEAD.unpack_from(serialized)[-1]
-        self.hash = hashlib.sha256(serialized).hexdigest()[:16]
 
     def __len__(self) -> int:
         return HEAD.unpack_from(self.serialized)[5]
-
-    def __reduce__(self) -> tuple[type[Tables], tuple[bytes]]:
-        return Tables, (self.serialized,)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Tables) and self.serialized == other.serialized
-
-    def __hash__(self) -> int:
-        return hash(self.serialized)
 
     def __repr__(self) -> str:
         return f"Tables({len(self)} levels, hash {self.hash})"

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,20 +27,9 @@ from torch import Tensor
 
 from ..functional import context_conv, context_conv_pack
 from ._coder import Coder, coder_of, prefers_stock
+from ._threads import number_of_threads
 
 _METHODS = ("build_indexes", "quantize", "dequantize")
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    try:
-        if count != before:
-            torch.set_num_threads(count)
-        yield
-    finally:
-        if torch.get_num_threads() != before:
-            torch.set_num_threads(before)
 
 
 def _is_stock(gaussian_conditional: Any) -> bool:
@@ -115,7 +103,7 @@ class _Pixels:
             if torch.equal(context_conv(crop, self._weight, packed, bias=self._bias), context):
                 self._packed = packed
         count = torch.get_num_threads()
-        with _threads(1):
+        with number_of_threads(1):
             return 1 if torch.equal(self._evaluate(crop, p), stock) else count
 
     def at(self, h: int, w: int) -> tuple[Tensor, Tensor]:
@@ -131,7 +119,7 @@ def _compress(pixels: Callable[[], _Pixels], coder: Coder, y_hat: Tensor, height
     """Codes y, which lies in y_hat inside `pad` pixels, and leaves what a decoder will have in its place."""
     with torch.inference_mode():
         step = pixels()
-        with _threads(step.threads):
+        with number_of_threads(step.threads):
             symbols: list[Tensor] = []
             indexes: list[Tensor] = []
             for h in range(height):
@@ -152,7 +140,7 @@ def _decompress(
     """Decodes into y_hat, zeros inside and outside of `pad` pixels."""
     with torch.inference_mode():
         step, decoder = pixels(), coder.decoder(stream)
-        with _threads(step.threads):
+        with number_of_threads(step.threads):
             for h in range(height):
                 for w in range(width):
                     means, index = step.at(h, w)

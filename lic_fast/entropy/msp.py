@@ -16,7 +16,7 @@ from ..functional import factorized_rate, gaussian_rate, mixture_rate, pack_fact
 from ._msp_network import GridNetwork
 from ._msp_stream import Reader, Writer, gaussian_levels
 from ._schedule import Schedule, Step
-from .autoregressive import _threads
+from ._threads import number_of_threads
 from .entropy_bottleneck import EntropyBottleneck
 
 __all__ = ["PROFILES", "MSPEntropyModel", "Profile"]
@@ -136,7 +136,7 @@ class MSPEntropyModel(nn.Module):
             self._traverse(y_hat, grow)
 
     def _own_threads(self, y: Tensor) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self.threads is None or not y.is_cpu else _threads(self.threads)
+        return contextlib.nullcontext() if self.threads is None or not y.is_cpu else number_of_threads(self.threads)
 
     def _medians(self) -> Tensor:
         return self.bottleneck.quantiles[:, 0, 1].detach()
