@@ -266,18 +266,61 @@ def test_wrong_formats_and_streams():
         gaussian.scale_indexes(torch.ones(3, dtype=torch.int32))
 
 
-def test_mixtures_say_where_they_are_coded():
+def mixed(batch=2, channels=3, k=3, sides=(5, 4), seed=4):
+    """(y [B, C, *], scales, means, weights [B, K * C, *])"""
+    g = torch.Generator().manual_seed(seed)
+    shape = (batch, k, channels, *sides)
+    scales, means = 0.05 + 6 * torch.rand(shape, generator=g) ** 2, 4 * torch.randn(shape, generator=g)
+    weights = torch.softmax(torch.randn(shape, generator=g), 1)
+    y = means[:, 0] + scales[:, 0] * torch.randn(batch, channels, *sides, generator=g)
+    return y, *(t.flatten(1, 2) for t in (scales, means, weights))
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("batch", [0, 1, 2])
+def test_mixtures_come_back(k, batch):
+    model = entropy.GaussianMixtureConditional(k)
+    y, *floats = mixed(batch, k=k)
+    if batch:
+        y[0, 1] = 0  # a channel that CompressAI's format leaves out
+        y[0, 0, 0, 0] = 1e6  # an escape
+    coded, rounded = model.compress(y, *floats, **OURS)
+    assert torch.equal(rounded, y.round())
+    back = model.decompress(*coded, *floats, **OURS)
+    assert back.dtype == torch.float32
+    assert torch.equal(back, y.round())
+
+
+def test_mixtures_cost_what_their_likelihoods_say():
+    model = entropy.GaussianMixtureConditional(3).eval()
+    y, *floats = mixed(1, 48, sides=(32, 32))
+    _, likelihoods = model(y, *floats)
+    (strings, *_), _ = model.compress(y, *floats, **OURS)
+    ideal = -likelihoods.log2().sum().item() / 8
+    assert ideal - 4 < len(strings[0]) < 1.001 * ideal + HEADER + 32
+
+
+def test_mixtures_bound_scales_as_the_likelihood_does():
     model = entropy.GaussianMixtureConditional(2)
-    y, s = torch.randn(1, 3, 2, 2), torch.rand(1, 6, 2, 2)
-    (stream, abs_max, bitmap), _ = model.compress(y, s, s, s, format="compressai")
-    for call in (
-        lambda: model.compress(y, s, s, s, **OURS),
-        lambda: model.decompress(stream, abs_max, bitmap, s, s, s, **OURS),
-    ):
-        with pytest.raises(ValueError, match=r"CompressAI's format only.*mixture_parameters .* or format='compressai'"):
-            call()
+    y, scales, means, weights = mixed(1, k=2)
+    small, bound = torch.full_like(scales, 1e-3), torch.full_like(scales, 0.11)
+    coded = [model.compress(y, s, means, weights, **OURS)[0][0] for s in (small, bound)]
+    assert coded[0] == coded[1]
+
+
+def test_bad_mixtures():
+    model = entropy.GaussianMixtureConditional(2)
+    y, *floats = mixed(1, k=2)
+    (strings, abs_max, bitmap), _ = model.compress(y, *floats, **OURS)
+    with pytest.raises(ValueError, match="a list of streams"):
+        model.decompress(strings[0], abs_max, bitmap, *floats, **OURS)
+    with pytest.raises(BitstreamError, match="truncated"):
+        model.decompress([strings[0][:-3]], abs_max, bitmap, *floats, **OURS)
     with pytest.raises(ValueError, match="unknown format"):
-        model.compress(y, s, s, s, format="other")
+        model.compress(y, *floats, format="other")
+    with pytest.raises(ValueError, match="1 to 16 components"):
+        y, *floats = mixed(1, k=17)
+        entropy.GaussianMixtureConditional(17).compress(y, *floats, **OURS)
 
 
 def test_compressais_format_is_the_default():

@@ -7,6 +7,7 @@ import zlib
 
 import pytest
 import torch
+from rans_page import Rows, plain_decode
 from rans_streams import EVERYONE, running
 
 from lic_fast.coding import Decoder, Encoder, constant_tables, decode, encode, join_tables
@@ -123,122 +124,6 @@ def test_golden_streams(name, case):
             decoder.finish()
 
 
-class Bits:
-    def __init__(self, data, at):
-        self.value, self.at = int.from_bytes(data[at:], "little"), 0
-
-    def take(self, count):
-        self.at += count
-        return self.value >> (self.at - count) & (1 << count) - 1
-
-
-def parse_tables(data):
-    magic, n, _, _, rows, levels, ladder = struct.unpack_from("<4sBBHIIi", data)
-    assert magic == b"LFTB"
-    sizes = [struct.unpack_from("<hH", data, 20 + 4 * r) for r in range(rows)]
-    at, made_rows = 20 + 4 * rows, []
-    for offset, size in sizes:
-        made_rows.append((offset, size, struct.unpack_from(f"<{size + 1}H", data, at)))
-        at += 2 * (size + 1)
-    return n, ladder, made_rows, [struct.unpack_from("<HBB", data, at + 4 * v)[:2] for v in range(levels)]
-
-
-def signed(value, bits=32):
-    value &= (1 << bits) - 1
-    return value - (value >> (bits - 1) << bits)
-
-
-def plain_decode(data, tables, indexes, steps):
-    """Sections 2 to 6 of the page, one lane after the other."""
-    n, ladder, rows, levels = parse_tables(tables)
-    assert data[:5] == b"LFR\1\0"
-    lanes, skip, at = 1 << (data[5] & 7), 0, 14
-    if data[5] & 8:
-        skip, at = data[at], at + 1
-
-    def varint():
-        nonlocal at
-        value = shift = 0
-        while True:
-            value |= (data[at] & 127) << shift
-            at, shift = at + 1, shift + 7
-            if data[at - 1] < 128:
-                return value
-
-    streams = varint()
-    head = [varint() for _ in range(2)] if data[5] & 16 else [varint() for _ in range(varint())]
-    directory = []
-    for _ in range(streams):
-        entry = [varint() for _ in range(3)]
-        if entry[2]:
-            entry.append(data[at])
-            at += 1
-        directory.append(entry)
-    exponents = Bits(data, at)
-    widths = [16 + exponents.take(4) for _ in range(streams * lanes)]
-    at += (4 * streams * lanes + 7) // 8
-    mantissas = Bits(data, at)
-    states = [(1 << width) + mantissas.take(width) for width in widths]
-    at += (sum(widths) + 7) // 8
-    at += at % 2
-    words, escapes = [], []
-    for _, count, *_ in directory:
-        words.append(list(struct.unpack_from(f"<{count}H", data, at)))
-        at += 2 * count
-    for _, _, count, *width in directory:
-        width = width[0] if width else 1
-        escapes.append([int.from_bytes(data[at + i * width :][:width], "little", signed=True) for i in range(count)])
-        at += count * width
-    assert at == len(data) - 4
-    symbols, first = [], 0
-    done = [0] * streams
-    for step in steps:
-        lines = (step + lanes - 1) // lanes
-        each = (lines + streams - 1) // streams * lanes
-        for w in range(streams):
-            part = indexes[first + min(step, w * each) : first + min(step, (w + 1) * each)]
-            coded = [i for i, index in enumerate(part) if not ladder <= index < ladder + skip]
-            values = [0] * len(part)
-            x = states[w * lanes : (w + 1) * lanes]
-
-            def refill(lane, x=x, w=w):
-                if done[w] < directory[w][0] and x[lane] < 1 << 16:
-                    x[lane] = x[lane] << 16 | words[w].pop(0)
-
-            for begin in range(0, len(coded), lanes):
-                active = coded[begin : begin + lanes]
-                if done[w] == directory[w][0]:
-                    x[:] = [value - (1 << 16) for value in x]
-                picked = []
-                for lane, i in enumerate(active):
-                    _, _, frequencies = rows[levels[part[i]][0]]
-                    slot, j, start = x[lane] % (1 << n), 0, 0
-                    while slot >= start + frequencies[j]:
-                        start, j = start + frequencies[j], j + 1
-                    x[lane] = frequencies[j] * (x[lane] >> n) + slot - start
-                    refill(lane)
-                    picked.append(j)
-                raws = []
-                for lane, i in enumerate(active):
-                    k = levels[part[i]][1]
-                    raws.append(x[lane] % (1 << k))
-                    x[lane] >>= k
-                    if k:
-                        refill(lane)
-                for lane, i in enumerate(active):
-                    (offset, size, _), k = rows[levels[part[i]][0]], levels[part[i]][1]
-                    v = escapes[w].pop(0) if picked[lane] == size else offset + picked[lane]
-                    values[i] = signed((v << k) + raws[lane] - (1 << k >> 1))
-                done[w] += 1
-            states[w * lanes : (w + 1) * lanes] = x
-            symbols += values
-        first += step
-    for w in range(streams):
-        left = 1 << 16 if done[w] == directory[w][0] else 0
-        assert all(x == left for x in states[w * lanes : (w + 1) * lanes]) and not words[w] and not escapes[w]
-    return head, symbols
-
-
 @pytest.mark.parametrize("case", GOLDEN)
 def test_a_decoder_written_from_the_page_reads_them(case):
     tables, steps, _, skip, text = GOLDEN[case]
@@ -247,7 +132,8 @@ def test_a_decoder_written_from_the_page_reads_them(case):
     bits = [struct.unpack("<i", struct.pack("<f", scale))[0] for scale in scales.tolist()]
     indexes = [ladder + min(max((b >> 19) - 1980, 0), 243) for b in bits]
     stream = bytes.fromhex("".join(text.split()))
-    head, found = plain_decode(stream, TABLES[tables].serialized, indexes, [100] if steps is None else steps)
+    rows = Rows(TABLES[tables].serialized, indexes, skip)
+    head, found = plain_decode(stream, rows, [100] if steps is None else steps)
     assert found == symbols.tolist() and head == ([len(steps), sum(steps)] if steps is not None else [1, 4, 5, 5])
     assert stream[6:14].hex() == TABLES[tables].hash
     assert int(rans_pack(TABLES[tables].serialized)[5]) == int.from_bytes(stream[6:14], "little", signed=True)

@@ -29,18 +29,27 @@ LIC_FAST_INLINE int32_t bits_of(float value) {
   std::memcpy(&bits, &value, sizeof bits);
   return bits;
 }
-LIC_FAST_INLINE float power(int32_t exponent) {
-  const int32_t bits = (exponent + 127) << 23;
+LIC_FAST_INLINE float of_bits(int32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
-LIC_FAST_INLINE float clamped(float value, float low, float high) {  // NaN becomes low
-  value = value > low ? value : low;
-  return value < high ? value : high;
+LIC_FAST_INLINE float power(int32_t exponent) { return of_bits((exponent + 127) << 23); }
+
+// Choices by bits: of `?:` of floats g++ makes branches, which it does not vectorise.
+LIC_FAST_INLINE float chosen(bool first, float a, float b) {
+  const int32_t mask = -static_cast<int32_t>(first);
+  return of_bits((bits_of(a) & mask) | (bits_of(b) & ~mask));
 }
-LIC_FAST_INLINE float least_of(float a, float b) { return a < b ? a : b; }
-LIC_FAST_INLINE float most_of(float a, float b) { return a > b ? a : b; }
+LIC_FAST_INLINE float least_of(float a, float b) { return chosen(a < b, a, b); }
+LIC_FAST_INLINE float most_of(float a, float b) { return chosen(a > b, a, b); }
+LIC_FAST_INLINE float clamped(float value, float low, float high) {  // NaN becomes low
+  return least_of(most_of(value, low), high);
+}
+LIC_FAST_INLINE float floor_of(float value) {  // of magnitudes below 2^31, as all are here
+  const float whole = static_cast<float>(static_cast<int32_t>(value));
+  return whole - chosen(whole > value, 1.0f, 0.0f);
+}
 LIC_FAST_INLINE int32_t clamped(int32_t value, int32_t low, int32_t high) {
   value = value > low ? value : low;
   return value < high ? value : high;
@@ -50,7 +59,7 @@ constexpr float kLeastScale = 0.0078125f, kMostScale = 524288.0f;            // 
 constexpr float kMostMeans = 1073741824.0f, kFar = 1048576.0f;               // 2^30, 2^20
 constexpr float kLeastWeight = 7.8886091e-31f, kMostWeight = 1.2676506e30f;  // 2^-100, 2^100
 
-LIC_FAST_INLINE float weight_of(float weight) { return weight >= kLeastWeight ? least_of(weight, kMostWeight) : 0.0f; }
+LIC_FAST_INLINE float weight_of(float weight) { return chosen(weight >= kLeastWeight, least_of(weight, kMostWeight), 0.0f); }
 
 struct Tile {
   int32_t weight[kMostComponents][kTile];
@@ -94,8 +103,8 @@ LIC_FAST_INLINE void place(const MixtureInputs& in, int64_t first, int64_t n, Ti
   for (int32_t k = 0; k < in.components; ++k) {
     const float* means = in.means + k * in.stride + first;
     for (int64_t i = 0; i < n; ++i) {
-      const float mean = std::floor(clamped(means[i], -kMostMeans, kMostMeans) + 0.5f);
-      t.base[i] = t.heaviest[i] == k ? mean : t.base[i];
+      const float mean = floor_of(clamped(means[i], -kMostMeans, kMostMeans) + 0.5f);
+      t.base[i] = chosen(t.heaviest[i] == k, mean, t.base[i]);
     }
   }
   for (int32_t k = 0; k < in.components; ++k) {
@@ -107,9 +116,9 @@ LIC_FAST_INLINE void place(const MixtureInputs& in, int64_t first, int64_t n, Ti
       const float scale = clamped(scales[i], kLeastScale, kMostScale);
       const float mean = clamped(clamped(means[i], -kMostMeans, kMostMeans) - t.base[i], -kFar, kFar);
       const float reach = scale * in.reach[length];
-      t.low[i] = weight ? least_of(mean - reach, t.low[i]) : t.low[i];
-      t.high[i] = weight ? most_of(mean + reach, t.high[i]) : t.high[i];
-      t.smallest[i] = weight ? least_of(scale, t.smallest[i]) : t.smallest[i];
+      t.low[i] = chosen(weight != 0, least_of(mean - reach, t.low[i]), t.low[i]);
+      t.high[i] = chosen(weight != 0, most_of(mean + reach, t.high[i]), t.high[i]);
+      t.smallest[i] = chosen(weight != 0, least_of(scale, t.smallest[i]), t.smallest[i]);
       t.mean[i] = t.mean[i] + share * mean;
       t.square[i] = t.square[i] + share * (scale * scale + mean * mean);
     }
@@ -122,10 +131,10 @@ LIC_FAST_INLINE void frame(const MixtureInputs& in, int64_t first, int64_t n, Ti
   for (int64_t i = 0; i < n; ++i) {
     const int32_t shift = clamped((bits_of(t.smallest[i]) >> 23) - 131, 0, kMostShift);
     const float inverse = power(-shift), mean = t.mean[i] * (1.0f / 32768.0f);
-    const float low = std::floor(t.low[i] + 0.5f), high = std::floor(t.high[i] + 0.5f);
+    const float low = floor_of(t.low[i] + 0.5f), high = floor_of(t.high[i] + 0.5f);
     const int32_t wanted = (static_cast<int32_t>(high - low) >> shift) + 1;
-    const float middle = std::floor(mean + 0.5f) - power(shift) * 511.0f;
-    const float lowest = wanted > kMostRange ? middle : low;
+    const float middle = floor_of(mean + 0.5f) - power(shift) * 511.0f;
+    const float lowest = chosen(wanted > kMostRange, middle, low);
     const int32_t size = wanted > kMostRange ? kMostRange : wanted;
     const float variance = t.square[i] * (1.0f / 32768.0f) - mean * mean;
     const float spread = std::sqrt(most_of(variance, 0.00006103515625f)) * inverse;
@@ -149,7 +158,7 @@ LIC_FAST_INLINE void form(const MixtureInputs& in, int64_t first, int64_t n, con
       const float scale = clamped(scales[i], kLeastScale, kMostScale);
       const float mean = clamped(clamped(means[i], -kMostMeans, kMostMeans) - t.base[i], -kFar, kFar);
       const float at = ((mean - t.lowest[i]) + (step + 0.5f)) * inverse;
-      out[i] = static_cast<int32_t>(std::floor(clamped(at, -2097152.0f, 2097152.0f) + 0.5f));
+      out[i] = static_cast<int32_t>(floor_of(clamped(at, -2097152.0f, 2097152.0f) + 0.5f));
       const int32_t rounded = (bits_of(in.steps * 0.25f * step / most_of(scale, t.smallest[i])) + 0x4000) >> 15;
       const uint32_t weight = static_cast<uint32_t>(t.weight[k][i]);
       forms[i] = static_cast<int32_t>(weight << 16) | (135 - (rounded >> 8)) << 8 | (rounded & 255);

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..coding import Tables, decode_batch, encode_batch, factorized_tables
+from ..coding import MixtureTables, Tables, decode_batch, encode_batch, factorized_tables
 
 FORMATS = ("compressai", "lic_fast")
 _TOTAL = 1 << 16  # of CompressAI's cumulative distributions
@@ -21,22 +21,13 @@ def is_own(function: str, format: str) -> bool:
     return format == "lic_fast"
 
 
-def refuse_mixtures(function: str, format: str) -> None:
-    """Raises ValueError for lic_fast's format, in which mixtures are coded from integers, and for unknown ones."""
-    if is_own(function, format):
-        raise ValueError(
-            f"{function}: this module codes mixtures in CompressAI's format only, got format='lic_fast'; use "
-            "lic_fast.coding.mixture_parameters with encode and decode, or format='compressai'"
-        )
-
-
-def encode_samples(symbols: Tensor, indexes: Tensor, tables: Tables) -> list[bytes]:
+def encode_samples(symbols: Tensor, indexes: Tensor, tables: Tables | MixtureTables) -> list[bytes]:
     """A container for each sample of symbols [B, *], in one call."""
     return encode_batch(symbols.to("cpu", torch.int32), _on_cpu(indexes), tables)
 
 
-def decode_samples(strings: Sequence[bytes], indexes: Tensor, tables: Tables) -> Tensor:
-    """The symbols of B containers, int32 of the shape of indexes [B, *], on the CPU."""
+def decode_samples(strings: Sequence[bytes], indexes: Tensor, tables: Tables | MixtureTables) -> Tensor:
+    """The symbols of B containers, int32 of the shape of indexes [B, *] (mixtures: [B, P, *]), on the CPU."""
     return decode_batch(strings, _on_cpu(indexes), tables)
 
 

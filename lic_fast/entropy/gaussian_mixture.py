@@ -8,8 +8,9 @@ import compressai.entropy_models
 import torch
 from torch import Tensor
 
+from ..coding import mixture_parameters, mixture_tables
 from ..functional import mixture_rate
-from ._bitstream import refuse_mixtures
+from ._bitstream import decode_samples, encode_samples, is_own
 from ._coder import decode_rows, encode_intervals
 from ._model import common_dtype
 from .gaussian_conditional import ScaleTables
@@ -68,6 +69,12 @@ class GaussianMixtureConditional(ScaleTables, compressai.entropy_models.Gaussian
             if parts[0].shape[1]:
                 yield self._build_cdf(*parts, abs_max)
 
+    def _lic_fast_parameters(self, channels: int, *floats: Tensor) -> Tensor:
+        """The integers of lic_fast's format, [B, 2 + 2 K, C, *] on the CPU, of scales, means, weights [B, K * C, *]."""
+        shape = (floats[0].shape[0], self.K, channels, *floats[0].shape[2:])
+        scales, means, weights = (t.detach()[:, : self.K * channels].float().cpu().reshape(shape) for t in floats)
+        return mixture_parameters(scales.clamp(min=self._lic_fast_bounds()[1]), means, weights, mixture_tables(), dim=1)
+
     @torch.no_grad()
     def compress(
         self, y: Tensor, scales: Tensor, means: Tensor, weights: Tensor, *, format: str = "compressai"
@@ -75,10 +82,16 @@ class GaussianMixtureConditional(ScaleTables, compressai.entropy_models.Gaussian
         """((stream, abs_max, zero_bitmap [C]), round(y)): one stream for y [1, C, H, W]; CompressAI's bytes.
 
         scales, means, weights [1, K * C, H, W]. Channels that are zero everywhere are not coded. Raises ValueError for
-        more than one sample, which CompressAI's format has no place for, for no elements, and for format "lic_fast",
-        in which lic_fast.coding.encode codes mixtures.
+        more than one sample, which CompressAI's format has no place for, and for no elements.
+
+        format "lic_fast": y [B, C, *] of any size, scales, means, weights [B, K * C, *]; the stream is a list of B
+        containers (docs/BITSTREAM.md, section 7), abs_max 0 and zero_bitmap ones, which say nothing. K is 16 at most.
         """
-        refuse_mixtures("GaussianMixtureConditional.compress", format)
+        if is_own("GaussianMixtureConditional.compress", format):
+            rounded = torch.round(y)
+            parameters = self._lic_fast_parameters(y.shape[1], scales, means, weights)
+            strings = encode_samples(rounded, parameters, mixture_tables())
+            return (strings, 0, torch.ones(y.shape[1], dtype=torch.int64)), rounded
         if y.dim() != 4 or y.shape[0] != 1 or y.numel() == 0:
             raise ValueError(
                 f"GaussianMixtureConditional.compress: y must be [1, C, H, W], got {list(y.shape)}; code one at a time"
@@ -112,10 +125,19 @@ class GaussianMixtureConditional(ScaleTables, compressai.entropy_models.Gaussian
     ) -> Tensor:
         """round(y) [1, C, H, W] fp32, on scales' device, from what compress() gives.
 
-        Raises ValueError for more than one sample, for a stream that is truncated, damaged or not of these parameters,
-        and for format "lic_fast".
+        Raises ValueError for more than one sample, for a stream that is truncated, damaged or not of these parameters.
+
+        format "lic_fast": [B, C, *] of any size, from a list of B containers. In both formats scales, means and weights
+        must be the encoder's to the last bit.
         """
-        refuse_mixtures("GaussianMixtureConditional.decompress", format)
+        if is_own("GaussianMixtureConditional.decompress", format):
+            if not isinstance(strings, (list, tuple)) or len(strings) != len(scales):
+                raise ValueError(
+                    "GaussianMixtureConditional.decompress: format lic_fast has a list of streams, one for each of "
+                    f"the {len(scales)} samples of scales, got {type(strings).__name__}; pass what compress gave"
+                )
+            parameters = self._lic_fast_parameters(scales.shape[1] // self.K, scales, means, weights)
+            return decode_samples(strings, parameters, mixture_tables()).to(scales.device, torch.float32)
         if scales.dim() != 4 or scales.shape[0] != 1:
             raise ValueError(
                 f"GaussianMixtureConditional.decompress: scales must be [1, K * C, H, W], got {list(scales.shape)}"
