@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional.coding import BitstreamError
+from . import _tiles
 from ._transforms import DOWNSAMPLING, TRANSFORMS
 
 _PROFILES = ("fast", "base", "max")
@@ -26,10 +27,15 @@ class MSPCodec(nn.Module):
     transforms: "light" (those of CompressAI's mbt2018) or "elic". mixture: as in MSPEntropyModel; above 1 for training
     and evaluation only. The layers are CompressAI's, which must be installed.
 
+    Without gradients, images of more than `tile` latents a side (default 96, 1536 pixels) go through the transforms a
+    tile at a time, with so much about each that the result is the same up to rounding; None never does. A decoder needs
+    the encoder's `tile` to come to the same pixels.
+
     Raises ValueError for profiles, transforms and sizes, ImportError without CompressAI.
     Source: Zhang et al. (arXiv 2210.04112) for the probability model, reconstructed; the transforms are as said.
     """
 
+    tile: int | None = _tiles.TILE
     downsampling_factor = DOWNSAMPLING
     padding_multiple = (
         DOWNSAMPLING  # any latent has a schedule: images need no more padding than the transforms ask for
@@ -60,8 +66,18 @@ class MSPCodec(nn.Module):
         decompress() gives, up to what a batch or a clamp to [0, 1] changes.
         Raises ValueError where H or W is not a positive multiple of 16.
         """
-        y_hat, likelihoods = self.entropy_model(self.g_a(self._checked("forward", x)))
-        return {"x_hat": self.g_s(y_hat), "likelihoods": {"y": likelihoods}}
+        y_hat, likelihoods = self.entropy_model(self._analysis(self._checked("forward", x)))
+        return {"x_hat": self._synthesis(y_hat), "likelihoods": {"y": likelihoods}}
+
+    def _analysis(self, x: Tensor) -> Tensor:
+        if self.tile is None or torch.is_grad_enabled():
+            return self.g_a(x)
+        return _tiles.analyse(self.g_a, x, DOWNSAMPLING, self.tile)
+
+    def _synthesis(self, y_hat: Tensor) -> Tensor:
+        if self.tile is None or torch.is_grad_enabled():
+            return self.g_s(y_hat)
+        return _tiles.synthesise(self.g_s, y_hat, DOWNSAMPLING, self.tile)
 
     def _checked(self, function: str, x: Tensor) -> Tensor:
         sides = x.shape[2:]
@@ -89,7 +105,7 @@ class MSPCodec(nn.Module):
 
         Raises what forward and MSPEntropyModel.compress raise.
         """
-        y = self.g_a(self._checked("compress", x))
+        y = self._analysis(self._checked("compress", x))
         return {"strings": [self.entropy_model.compress(y)], "shape": y.shape[2:]}
 
     @torch.no_grad()
@@ -101,4 +117,4 @@ class MSPCodec(nn.Module):
         if len(strings) != 1 or not isinstance(strings[0], (list, tuple)):
             raise BitstreamError(f"MSPCodec.decompress: strings must be one list of bytes, got {len(strings)} entries")
         y_hat = self.entropy_model.decompress(strings[0], shape)
-        return {"x_hat": self.g_s(y_hat).clamp_(0, 1)}
+        return {"x_hat": self._synthesis(y_hat).clamp_(0, 1)}
