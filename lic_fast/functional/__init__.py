@@ -17,6 +17,7 @@ from .parameters import affine_reconstruct, affine_reconstruct_, sma_update_
 from .preconditioning import adam_update_, refresh_eigenbasis, rotate_moments_, soap_update_
 from .rans import rans_decode_, rans_encode, rans_lanes, rans_open, rans_pack
 from .rans_mixture import mixture_parameters, rans_pack_mixture
+from .schedule import schedule_dequantize_, schedule_levels, schedule_quantize_
 
 __all__ = [
     "FlatLayout",
@@ -48,6 +49,9 @@ __all__ = [
     "refresh_eigenbasis",
     "rls_update_",
     "rotate_moments_",
+    "schedule_dequantize_",
+    "schedule_levels",
+    "schedule_quantize_",
     "sensitivity_accumulate_",
     "sma_update_",
     "soap_update_",
