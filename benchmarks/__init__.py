@@ -21,6 +21,7 @@ OPS = (
     "ans_coder",
     "rans_coder",
     "context_conv",
+    "schedule",
     "gdn",
     "mixture_rate",
     "factorized_rate",

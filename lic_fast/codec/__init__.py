@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from lic_fast.codec.container import BitstreamError, Stream, pack, unpack
 from lic_fast.codec.msp import MSP_NAMES, MSPCodec
+from lic_fast.codec.overfit import Overfit, overfit
 
-__all__ = ["MSP_NAMES", "BitstreamError", "MSPCodec", "Stream", "pack", "unpack"]
+__all__ = ["MSP_NAMES", "BitstreamError", "MSPCodec", "Overfit", "Stream", "overfit", "pack", "unpack"]

@@ -66,7 +66,11 @@ class MSPCodec(nn.Module):
         decompress() gives, up to what a batch or a clamp to [0, 1] changes.
         Raises ValueError where H or W is not a positive multiple of 16.
         """
-        y_hat, likelihoods = self.entropy_model(self._analysis(self._checked("forward", x)))
+        return self.decoded(self._analysis(self._checked("forward", x)))
+
+    def decoded(self, y: Tensor) -> dict[str, Tensor | dict[str, Tensor]]:
+        """forward() from the latent y [B, M, h, w] on. Raises ValueError for the shape."""
+        y_hat, likelihoods = self.entropy_model(y)
         return {"x_hat": self._synthesis(y_hat), "likelihoods": {"y": likelihoods}}
 
     def _analysis(self, x: Tensor) -> Tensor:
@@ -105,7 +109,13 @@ class MSPCodec(nn.Module):
 
         Raises what forward and MSPEntropyModel.compress raise.
         """
-        y = self._analysis(self._checked("compress", x))
+        return self.compress_latent(self._analysis(self._checked("compress", x)))
+
+    def compress_latent(self, y: Tensor) -> dict[str, list[list[bytes]] | torch.Size]:
+        """compress() for a latent y [B, M, h, w], the analysis's or another, as `overfit` finds them.
+
+        Raises what MSPEntropyModel.compress raises.
+        """
         return {"strings": [self.entropy_model.compress(y)], "shape": y.shape[2:]}
 
     @torch.no_grad()

@@ -99,7 +99,9 @@ class MSPEntropyModel(nn.Module):
         visit(coarsest, None)
         state = None
         for network, scale in zip(self.grids, reversed(range(self.profile.scales)), strict=True):
-            state = network.open(y[:, :, :: 2 << scale, :: 2 << scale].contiguous(), state)
+            # a copy even where it is all of y: where there are gradients, steps write into y what these go through
+            coarse = y[:, :, :: 2 << scale, :: 2 << scale].clone(memory_format=torch.contiguous_format)
+            state = network.open(coarse, state)
             for number, step in enumerate(self.schedule.at(scale)):
                 h, w = step.sides(*y.shape[2:])
                 if h and w:
@@ -156,12 +158,18 @@ class MSPEntropyModel(nn.Module):
 
     # Likelihoods
 
-    def forward(self, y: Tensor, training: bool | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, y: Tensor, training: bool | None = None, *, quantize: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """(y_hat, likelihoods), both [B, C, H, W], of y [B, C, H, W]; fp32 (fp64 for fp64).
 
         training (default: the module's mode): the likelihoods are those of y plus uniform noise, of which all contexts
         are made, so that no step waits for another; y_hat is rounded about the means of that pass, with the derivative
         1 in y. Else y_hat is what decompress() gives, and the likelihoods are its.
+
+        quantize, for encoders that search for y (not in training): takes the place of rounding, [B, c, h, w] a step
+        of differences from the means to the same, in the order of the schedule. What it gives makes the contexts too,
+        and there are derivatives in y through all of it. Rounding in it gives what no quantize gives, to the bit.
         Raises ValueError for the shape.
         """
         if training is None:
@@ -181,9 +189,9 @@ class MSPEntropyModel(nn.Module):
 
             def rounded(step: Step, means: Tensor, parameters: Tensor | None) -> Tensor:
                 keep(parameters)
-                return _rounded(step.of(y), means)
+                return _rounded(step.of(y), means) if quantize is None else quantize(step.of(y) - means)
 
-            with torch.no_grad():
+            with torch.set_grad_enabled(quantize is not None and torch.is_grad_enabled()):
                 self._grown(values, rounded)
         parameters = torch.cat([y.new_empty((len(y), self._kinds, 0)), *packed], 2)
         likelihoods = self.schedule.unpack(self._likelihoods(values, parameters), *y.shape[2:])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops import schedule_steps as _op  # noqa: F401  defines the ops
+from ..ops import schedule as _op  # noqa: F401  defines the ops
 from . import _check
 
 _FLOAT = (torch.float32,)

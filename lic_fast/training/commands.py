@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,15 @@ def _dummy(text: str) -> tuple[float, float]:
     except ValueError:
         raise argparse.ArgumentTypeError(f"not RATE,MOST, got {text!r}; pass for example 0.02,0.25") from None
     return rate, most
+
+
+def _budget(text: str) -> dict[str, float | int]:
+    """The option of `overfit` that 30s, 2min or 500it stand for."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(s|min)|(\d+) ?it", text.strip())
+    number = float(found[1] or found[3]) if found else 0.0
+    if not 0 < number < 1e9:
+        raise argparse.ArgumentTypeError(f"not a budget, got {text!r}; pass for example 30s, 2min or 500it")
+    return {"iterations": int(found[3])} if found[3] else {"seconds": number * (60 if found[2] == "min" else 1)}
 
 
 def add_train_parser(subparsers: Any) -> None:
@@ -248,22 +258,40 @@ def add_compress_parser(subparsers: Any) -> None:
     parser.add_argument("image", metavar="IMAGE", help="any picture that PIL reads; coded as 8-bit RGB")
     parser.add_argument("out", metavar="OUT.licf", help="file to write")
     parser.add_argument("--no-verify", action="store_true", help="do not decode the result before writing it")
+    parser.add_argument(
+        "--lof",
+        type=_budget,
+        metavar="BUDGET",
+        help="search for a better latent first (msp models), for so long: 30s, 2min, or 500it for so many steps; the "
+        "file is an ordinary one",
+    )
+    parser.add_argument(
+        "--lmbda", type=float, help="with --lof: weight of the distortion (default: that of the checkpoint's training)"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
     _add_device(parser, "cpu", ("auto", "cpu", "cuda"), "; a file decodes on the kind of device that made it")
     _add_no_sma(parser)
     parser.set_defaults(run=run_compress)
 
 
 def run_compress(args: argparse.Namespace) -> int:
-    """Write the container; print its bytes, rate and, once verified, PSNR. Raises TrainingError."""
+    """Write the container; print its bytes, rate and, once verified, PSNR. Raises TrainingError, ValueError."""
     from lic_fast.training.data import load_rgb
     from lic_fast.training.files import atomic_write
     from lic_fast.training.image_codec import ImageCodec, psnr
 
+    if args.lmbda is not None and args.lof is None:
+        raise ValueError(f"compress: --lmbda is of --lof alone, got {args.lmbda:g}; pass --lof, for example --lof 30s")
     pixels = load_rgb(Path(args.image))
     codec = ImageCodec(args.checkpoint, device=args.device, slow=False if args.no_sma else None, command="compress")
-    data, quality = codec.encode(pixels), "not verified"
+    y = None
+    if args.lof is not None:
+        found = codec.overfit(pixels, lmbda=args.lmbda, progress=not args.quiet, **args.lof)
+        y, change = found.y, 100 * (found.after.loss / found.before.loss - 1)
+        print(f"latent: cost {found.before.loss:.4f} -> {found.after.loss:.4f} ({change:+.1f} %), {found.steps} steps")
+    data, quality = codec.encode(pixels, y), "not verified"
     if not args.no_verify:
-        data, decoded = codec.verified(pixels, data)
+        data, decoded = codec.verified(pixels, data, y)
         quality = f"{psnr(pixels, decoded):.2f} dB"
     atomic_write(Path(args.out), data)
     height, width = pixels.shape[:2]

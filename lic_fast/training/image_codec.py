@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lic_fast.codec import BitstreamError, Stream, pack, unpack
+from lic_fast.codec import BitstreamError, MSPCodec, Overfit, Stream, overfit, pack, unpack
 from lic_fast.patch import KINDS, accelerate
 from lic_fast.training.checkpoint import load_checkpoint
 from lic_fast.training.config import from_dict
@@ -114,12 +114,28 @@ class ImageCodec:
         height, width = x.shape[-2:]
         return F.pad(x, (0, -width % self.multiple, 0, -height % self.multiple), mode="replicate")
 
-    def encode(self, pixels) -> bytes:
-        """The container of `pixels`, numpy [H, W, 3] uint8. Raises TrainingError where the model cannot."""
+    def overfit(self, pixels, *, lmbda: float | None = None, **options: Any) -> Overfit:
+        """A cheaper latent for `pixels`, numpy [H, W, 3] uint8: lic_fast.codec.overfit with its options.
+
+        lmbda: by default the checkpoint's. Raises TrainingError for models that are not MSPCodecs, and what it raises.
+        """
+        if not isinstance(self.model, MSPCodec):
+            raise TrainingError(
+                f"{self.command}: latents of {self.config.model} cannot be overfitted; use one of lic_fast's msp models"
+            )
+        lmbda = self.config.lmbda if lmbda is None else lmbda
+        with _reproducible():
+            return overfit(self.model, self._padded(pixels), lmbda=lmbda, size=pixels.shape[:2], **options)
+
+    def encode(self, pixels, y: Tensor | None = None) -> bytes:
+        """The container of `pixels`, numpy [H, W, 3] uint8; of latent y where given, which overfit() found for them.
+
+        Raises TrainingError where the model cannot.
+        """
         height, width = pixels.shape[:2]
         try:
             with _reproducible():
-                coded = self.model.compress(self._padded(pixels))
+                coded = self.model.compress(self._padded(pixels)) if y is None else self.model.compress_latent(y)
         except (AssertionError, IndexError, RuntimeError, ValueError) as error:
             raise TrainingError(
                 f"{self.command}: {self.config.model} cannot code this image ({_first_line(error)}); train it longer"
@@ -130,13 +146,13 @@ class ImageCodec:
         )  # fmt: skip
         return pack(stream)
 
-    def verified(self, pixels, data: bytes) -> tuple[bytes, Any]:
+    def verified(self, pixels, data: bytes, y: Tensor | None = None) -> tuple[bytes, Any]:
         """(`data`, the container of `pixels`, with the CRC-32 of its decoded pixels added; those pixels).
 
-        Raises TrainingError where it decodes to more than 1 dB below what the forward pass promises.
+        y: as encode() had it. Raises TrainingError where it decodes to more than 1 dB below what the model promises.
         """
         decoded = self.decode(data)
-        promised, got = self.estimate(pixels)[1], psnr(pixels, decoded)
+        promised, got = self.estimate(pixels, y)[1], psnr(pixels, decoded)
         if got < promised - _VERIFY_DB:
             raise TrainingError(
                 f"{self.command}: the stream decodes to {got:.2f} dB, the model promises {promised:.2f} dB; "
@@ -208,12 +224,12 @@ class ImageCodec:
 
         visit(stream.shape)
 
-    def estimate(self, pixels) -> tuple[float, float]:
-        """(bits a pixel by the likelihoods, PSNR in dB by the forward pass), for numpy [H, W, 3] uint8."""
+    def estimate(self, pixels, y: Tensor | None = None) -> tuple[float, float]:
+        """(bits a pixel by likelihoods, PSNR in dB by the forward pass), for numpy [H, W, 3] uint8; y as in encode."""
         height, width = pixels.shape[:2]
         with _reproducible():
             x = self._padded(pixels)
-            output = self.model(x)
+            output = self.model(x) if y is None else self.model.decoded(y)
             bpp = RateDistortionLoss(1.0)(output, x, x.new_zeros(()))["bpp"].item()
         promised = _to_pixels(output["x_hat"][0, :, :height, :width])
         return bpp * x.shape[-2] * x.shape[-1] / (height * width), psnr(pixels, promised)

@@ -9,7 +9,7 @@ from conftest import backend_parameters
 import lic_fast
 from lic_fast.coding import scale_indexes
 from lic_fast.functional import schedule_dequantize_, schedule_levels, schedule_quantize_
-from lic_fast.reference import schedule_steps as reference
+from lic_fast.reference import schedule as reference
 
 QUANTIZE = backend_parameters("schedule_quantize_")
 DEQUANTIZE = backend_parameters("schedule_dequantize_")

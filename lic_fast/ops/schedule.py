@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _native, _triton
 from .._dispatch import Impl, OpSpec, register
-from ..reference import schedule_steps as reference
+from ..reference import schedule as reference
 from ._library import define, mark_changed
 
 _DTYPES = (torch.float32,)
@@ -25,7 +25,7 @@ def _native_kernel(backend: str, name: str) -> Callable[..., None]:
 
 
 def _triton_kernel(name: str) -> Callable[..., None]:
-    return lambda *args: getattr(_triton.kernels("schedule_steps"), name)(*args)
+    return lambda *args: getattr(_triton.kernels("schedule"), name)(*args)
 
 
 def _quantized(kernel: Callable[..., None]) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
