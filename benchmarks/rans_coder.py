@@ -20,6 +20,7 @@ from torch import Tensor
 from .. import _native
 from ..coding import constant_tables, decode, encode, mixture_parameters, mixture_tables
 from ..ops import rans_coder as _op
+from . import _rans_cuda
 from ._contenders import backends, forced
 from ._harness import OURS, Case, Expected, Group, Settings
 
@@ -28,7 +29,7 @@ _MIXTURE_SYMBOLS = 1 << 17  # CompressAI takes seconds for these
 _SEED = 19
 _SCALES = (("scales 0.11 to 64", 64.0), ("scales 0.11 to 4", 4.0), ("scales 0.11 to 1", 1.0))
 _LATENTS = ((1, 320, 32, 48), (1, 192, 32, 48))
-_VARIANTS = {1: "scalar", 2: "AVX2", 3: "AVX-512, loads", 4: "AVX-512, gathers"}
+_VARIANTS = {1: "scalar", 2: "AVX2", 3: "AVX-512, loads", 4: "AVX-512, gathers"}  # 5 is for tests
 
 
 @dataclass(frozen=True)
@@ -283,8 +284,12 @@ def _compressai_mixture(symbols: Tensor, floats: list[Tensor]) -> Contender:
 
 
 def groups(settings: Settings) -> Iterator[Group]:
-    """Encoding and decoding at three spreads of scales, of mixtures and of two latents, on the CPU; --quick: fewer."""
+    """Encoding and decoding at three spreads of scales, of mixtures and of two latents; on a GPU, of what lies there.
+
+    --quick takes fewer symbols.
+    """
     if settings.device.type != "cpu":
+        yield from _rans_cuda.groups(settings, _inputs, _mixture)
         return
     count = QUICK_SYMBOLS if settings.quick else SYMBOLS
     for name, widest in _SCALES:

@@ -15,7 +15,7 @@ from lic_fast.ops import rans_coder as op
 
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
 NATIVE = lic_fast.explain("rans_coder_encode", "cpu", torch.int32).reasons["cpp"] is None
-_NAMES = ["best", "scalar", "avx2", "avx512, loads", "avx512, gathers"]
+_NAMES = ["best", "scalar", "avx2", "avx512, loads", "avx512, gathers", "a GPU's, in lockstep"]
 _FOUND = _native.op("cpp", "rans_coder_variants")() if NATIVE else 0
 VARIANTS = [i for i in range(len(_NAMES)) if _FOUND >> i & 1]
 EVERYONE = ["reference", *(_NAMES[i] for i in VARIANTS)]

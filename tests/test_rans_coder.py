@@ -237,7 +237,7 @@ def test_wrong_arguments():
             encode(torch.ones(3, dtype=torch.int32), torch.full((3,), 0.1), tables, skip=1)
 
 
-@pytest.mark.parametrize("op", ["rans_coder_encode", "rans_coder_open", "rans_coder_decode_"])
+@pytest.mark.parametrize("op", ["rans_coder_encode", "rans_coder_open", "rans_coder_decode_", "rans_coder_mixture"])
 def test_backends_are_explained(op):
     told = lic_fast.explain(op, "cpu")
     assert told.reasons["reference"] is None and told.chosen == ("cpp" if NATIVE else "reference")

@@ -14,9 +14,11 @@
 #ifdef __CUDACC__
 #define LIC_FAST_ANYWHERE __host__ __device__ __forceinline__
 #define LIC_FAST_UNROLL _Pragma("unroll")
+#define LIC_FAST_UNROLL_ON_DEVICE _Pragma("unroll")  // arrays that the loop indexes stay in registers
 #else
 #define LIC_FAST_ANYWHERE inline __attribute__((always_inline))
 #define LIC_FAST_UNROLL _Pragma("GCC unroll 4")
+#define LIC_FAST_UNROLL_ON_DEVICE
 #endif
 
 #if defined(__GNUC__) && !defined(__CUDACC__)

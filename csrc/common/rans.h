@@ -45,7 +45,7 @@ constexpr int64_t kTablesHeader = 8;  // 64-bit words: precision, rows, levels, 
 
 // Whether `words` 64-bit words hold the sections that their header announces. Padding lets vectors read a little
 // beyond.
-inline bool open(const int64_t* packed, int64_t words, Tables* tables) {
+LIC_FAST_ANYWHERE bool open(const int64_t* packed, int64_t words, Tables* tables) {
   if (words < kTablesHeader) return false;
   const int64_t precision = packed[0], rows = packed[1], levels = packed[2], stride = packed[3], ladder = packed[4];
   if (precision < 10 || precision > 15 || rows < 1 || rows > 4000 || levels < 1 || levels > 65536 || stride < 4 ||
@@ -72,6 +72,34 @@ LIC_FAST_ANYWHERE int32_t rung(float scale) {
   return key < 0 ? 0 : key < kLadderLevels ? key : kLadderLevels - 1;
 }
 
+// Indexes are levels, or scales that select one.
+LIC_FAST_ANYWHERE int32_t level_of(const Tables& tables, float scale) { return tables.ladder + rung(scale); }
+LIC_FAST_ANYWHERE int32_t level_of(const Tables&, uint8_t index) { return index; }
+LIC_FAST_ANYWHERE int32_t level_of(const Tables&, int32_t index) { return index; }
+
+// How elements are dealt out, and which are left out.
+struct Layout {
+  int64_t lanes;
+  int64_t streams;
+  int64_t skip;
+};
+
+struct Share {
+  int64_t first, count;
+};
+
+LIC_FAST_ANYWHERE Share share_of(int64_t elements, const Layout& layout, int64_t stream) {
+  const int64_t rows = (elements + layout.lanes - 1) / layout.lanes;
+  const int64_t each = (rows + layout.streams - 1) / layout.streams * layout.lanes;
+  const int64_t first = stream * each < elements ? stream * each : elements;
+  return {first, elements - first < each ? elements - first : each};
+}
+
+LIC_FAST_ANYWHERE bool skipped(const Tables& tables, int32_t level, int64_t skip) {
+  const auto unchecked = static_cast<uint32_t>(level);  // nobody has looked at it yet: no signed difference
+  return unchecked - static_cast<uint32_t>(tables.ladder) < static_cast<uint32_t>(skip);
+}
+
 // What is added to a symbol before its low bits are split off.
 LIC_FAST_ANYWHERE uint32_t half_of(int32_t shift) { return (1u << shift) >> 1; }
 
@@ -89,8 +117,46 @@ LIC_FAST_ANYWHERE Symbol find(const Tables& tables, const Level& level, uint32_t
   return {starts[j], static_cast<uint32_t>(starts[j + 1] - starts[j]), j};
 }
 
+// The same from four starts that are read at once: the loop is seldom entered, where a search stalls a whole warp.
+LIC_FAST_ANYWHERE Symbol find_ahead(const Tables& tables, const Level& level, uint32_t slot) {
+  const uint32_t first = tables.bucket[(level.row() << kBucketBits) + (slot >> (tables.precision - kBucketBits))];
+  const uint16_t* at = tables.starts + level.row() * tables.stride + first;
+  const uint32_t a = at[0], b = at[1], c = at[2], d = at[3];
+  const bool past1 = slot >= b, past2 = slot >= c;
+  uint32_t start = past2 ? c : past1 ? b : a, end = past2 ? d : past1 ? c : b, j = past1 + past2;
+  while (slot >= end) start = end, end = at[++j + 1];
+  return {start, end - start, first + j};
+}
+
 LIC_FAST_ANYWHERE uint32_t taken(uint32_t x, const Symbol& symbol, uint32_t slot, int32_t precision) {
   return symbol.frequency * (x >> precision) + slot - symbol.start;
+}
+
+// What an element is coded as.
+struct Coded {
+  uint32_t start, frequency, raw;
+  int32_t shift, value;
+  bool escaped;
+};
+
+LIC_FAST_ANYWHERE Coded coded(const Tables& tables, const Level& level, int32_t symbol) {
+  const uint32_t t = static_cast<uint32_t>(symbol) + half_of(level.shift());
+  const int32_t value = static_cast<int32_t>(t) >> level.shift();
+  const uint32_t number = static_cast<uint32_t>(value) - static_cast<uint32_t>(level.offset());
+  const bool escaped = number >= level.size;
+  const uint16_t* start = tables.starts + level.row() * tables.stride + (escaped ? level.size : number);
+  return {start[0], static_cast<uint32_t>(start[1] - start[0]), t & ((1u << level.shift()) - 1), level.shift(), value,
+          escaped};
+}
+
+// What is asked of the number that a slot was found to have: its value, whether it is an escape; and what a value and
+// plain bits make.
+LIC_FAST_ANYWHERE uint32_t value_of(const Level& level, uint32_t number) {
+  return number + static_cast<uint32_t>(level.offset());
+}
+LIC_FAST_ANYWHERE bool is_escape(const Level& level, uint32_t number) { return number == level.size; }
+LIC_FAST_ANYWHERE int32_t joined(const Level& level, uint32_t value, uint32_t raw) {
+  return static_cast<int32_t>((value << level.shift()) + raw - half_of(level.shift()));
 }
 
 }  // namespace lic_fast::rans

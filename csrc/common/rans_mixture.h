@@ -29,7 +29,7 @@ struct MixtureTables {
 
 constexpr int64_t kMixtureWords = kTablesHeader + kEntries / 2 + 16 + kEntries / 2;
 
-inline bool open(const int64_t* packed, int64_t words, MixtureTables* tables) {
+LIC_FAST_ANYWHERE bool open(const int64_t* packed, int64_t words, MixtureTables* tables) {
   if (words != kMixtureWords || packed[1] != 0 || packed[0] < 12 || packed[0] > 16 || packed[3] < 1 || packed[3] > 15) {
     return false;
   }
@@ -68,13 +68,78 @@ struct Range {
   LIC_FAST_ANYWHERE int32_t spread_shift() const { return static_cast<int32_t>(word >> 20 & 15u); }
 };
 
-// The slots before number j of element i, for j from 1 to its size + 1.
-LIC_FAST_ANYWHERE uint32_t cumulative(const MixtureTables& tables, const Mixtures& at, int64_t i, int32_t size,
-                                      int32_t j) {
+// An element's integers where they lie: of any number of components.
+class MixtureView {
+ public:
+  MixtureView() = default;
+  LIC_FAST_ANYWHERE MixtureView(const Mixtures& all, int64_t i)
+      : at_(all + i), first_(at_.plane(0)[0]), range_{static_cast<uint32_t>(at_.plane(1)[0])} {}
+  LIC_FAST_ANYWHERE int32_t first() const { return first_; }
+  LIC_FAST_ANYWHERE Range range() const { return range_; }
+  LIC_FAST_ANYWHERE int32_t shift() const { return range_.shift(); }
+  LIC_FAST_ANYWHERE int32_t components() const { return at_.components; }
+  LIC_FAST_ANYWHERE int32_t mean(int32_t k) const { return at_.mean(k)[0]; }
+  LIC_FAST_ANYWHERE uint32_t form(int32_t k) const { return static_cast<uint32_t>(at_.form(k)[0]); }
+  // Becomes one that is within the limits, whatever it was.
+  LIC_FAST_ANYWHERE void tame() { at_.components = 0, range_ = {1}; }
+
+ private:
+  Mixtures at_;
+  int32_t first_;
+  Range range_;
+};
+
+// The same in registers: of K components.
+template <int32_t K>
+class MixtureOf {
+ public:
+  MixtureOf() = default;
+  LIC_FAST_ANYWHERE MixtureOf(const Mixtures& all, int64_t i)
+      : first_(all.plane(0)[i]), range_{static_cast<uint32_t>(all.plane(1)[i])} {
+    LIC_FAST_UNROLL_ON_DEVICE
+    for (int32_t k = 0; k < K; ++k) mean_[k] = all.mean(k)[i], form_[k] = static_cast<uint32_t>(all.form(k)[i]);
+  }
+  LIC_FAST_ANYWHERE int32_t first() const { return first_; }
+  LIC_FAST_ANYWHERE Range range() const { return range_; }
+  LIC_FAST_ANYWHERE int32_t shift() const { return range_.shift(); }
+  LIC_FAST_ANYWHERE int32_t components() const { return K; }
+  LIC_FAST_ANYWHERE int32_t mean(int32_t k) const { return mean_[k]; }
+  LIC_FAST_ANYWHERE uint32_t form(int32_t k) const { return form_[k]; }
+  LIC_FAST_ANYWHERE void tame() {
+    LIC_FAST_UNROLL_ON_DEVICE
+    for (int32_t k = 0; k < K; ++k) mean_[k] = 0, form_[k] = 0;
+    range_ = {1};
+  }
+
+ private:
+  int32_t first_;
+  Range range_;
+  int32_t mean_[K];
+  uint32_t form_[K];
+};
+
+// Whether an element is what the search and the states rely on: weights that sum to kWeights, range and means within
+// their limits.
+template <class Mixture>
+LIC_FAST_ANYWHERE bool valid(const Mixture& element) {
+  uint32_t sum = 0, far = 0;
+  LIC_FAST_UNROLL_ON_DEVICE
+  for (int32_t k = 0; k < element.components(); ++k) {
+    sum += element.form(k) >> 16;
+    far |= static_cast<uint32_t>(element.mean(k)) + kMostMean > 2u * kMostMean;
+  }
+  return sum == kWeights && !far &&
+         static_cast<uint32_t>(element.range().size()) - 1 < static_cast<uint32_t>(kMostRange);
+}
+
+// The slots before number j of an element, for j from 1 to its size + 1.
+template <class Mixture>
+LIC_FAST_ANYWHERE uint32_t cumulative(const MixtureTables& tables, const Mixture& element, int32_t size, int32_t j) {
   uint32_t sum = 1u << 31;
-  for (int32_t k = 0; k < at.components; ++k) {
-    const int32_t y = (j << kUnitBits) - at.mean(k)[i];
-    const uint32_t form = static_cast<uint32_t>(at.form(k)[i]), away = static_cast<uint32_t>(y < 0 ? -y : y);
+  LIC_FAST_UNROLL_ON_DEVICE
+  for (int32_t k = 0; k < element.components(); ++k) {
+    const int32_t y = (j << kUnitBits) - element.mean(k);
+    const uint32_t form = element.form(k), away = static_cast<uint32_t>(y < 0 ? -y : y);
     uint32_t u = away * (256 + (form & 255u)) >> (form >> 8 & 31u);
     u = u < kMostDistance ? u : kMostDistance;
     const uint32_t entry = tables.entries[u >> 8];
@@ -92,14 +157,16 @@ LIC_FAST_ANYWHERE int32_t guess(const MixtureTables& tables, Range range, uint32
   return j < 1 ? 1 : j > range.size() ? range.size() + 1 : j;
 }
 
-// The symbol of a slot, by steps of 1, 2, 4, ... from the guess until it lies between two probes, then by halves.
-LIC_FAST_ANYWHERE Symbol find(const MixtureTables& tables, const Mixtures& at, int64_t i, uint32_t slot) {
-  const Range range{static_cast<uint32_t>(at.plane(1)[i])};
+// The symbol of a slot, by steps of 1, 2, 4, ... from the guess until it lies between two probes, then by halves. Every
+// probe brings the ends closer, whatever the integers are.
+template <class Mixture>
+LIC_FAST_ANYWHERE Symbol find(const MixtureTables& tables, const Mixture& element, uint32_t slot) {
+  const Range range = element.range();
   const int32_t size = range.size(), beyond = size + 2;
   int32_t low = 0, high = beyond, step = 1, j = guess(tables, range, slot);
   uint32_t start = 0, end = 1u << tables.precision;
   while (true) {
-    const uint32_t before = cumulative(tables, at, i, size, j);
+    const uint32_t before = cumulative(tables, element, size, j);
     if (before <= slot) {
       low = j, start = before;
     } else {
@@ -129,6 +196,36 @@ LIC_FAST_ANYWHERE Numbered numbered(int32_t first, Range range, int32_t symbol) 
 }
 LIC_FAST_ANYWHERE int32_t symbol_of(int32_t first, int32_t shift, int32_t value, uint32_t raw) {
   return static_cast<int32_t>(static_cast<uint32_t>(first) + (static_cast<uint32_t>(value) << shift) + raw);
+}
+
+// What an element is coded as.
+template <class Mixture>
+LIC_FAST_ANYWHERE Coded coded(const MixtureTables& tables, const Mixture& element, int32_t symbol) {
+  const Range range = element.range();
+  const Numbered found = numbered(element.first(), range, symbol);
+  const int32_t size = range.size();
+  const uint32_t start = found.number == 0 ? 0 : cumulative(tables, element, size, found.number);
+  const uint32_t end =
+      found.number > size ? 1u << tables.precision : cumulative(tables, element, size, found.number + 1);
+  return {start, end - start, found.raw, range.shift(), found.value, found.number == 0 || found.number > size};
+}
+
+// As those of Level.
+template <class Mixture>
+LIC_FAST_ANYWHERE uint32_t value_of(const Mixture&, uint32_t number) {
+  return number;
+}
+template <class Mixture>
+LIC_FAST_ANYWHERE bool is_escape(const Mixture& element, uint32_t number) {
+  return number - 1 >= static_cast<uint32_t>(element.range().size());
+}
+template <class Mixture>
+LIC_FAST_ANYWHERE int32_t joined(const Mixture& element, uint32_t value, uint32_t raw) {
+  return symbol_of(element.first(), element.shift(), static_cast<int32_t>(value), raw);
+}
+template <class Mixture>
+LIC_FAST_ANYWHERE Symbol find_ahead(const MixtureTables& tables, const Mixture& element, uint32_t slot) {
+  return find(tables, element, slot);
 }
 
 }  // namespace lic_fast::rans

@@ -80,11 +80,6 @@ struct EncodingOf {
 };
 using Encoding = EncodingOf<Tables>;
 
-// Indexes are levels, or scales that select one.
-LIC_FAST_ANYWHERE int32_t level_of(const Tables& tables, float scale) { return tables.ladder + rung(scale); }
-LIC_FAST_ANYWHERE int32_t level_of(const Tables&, uint8_t index) { return index; }
-LIC_FAST_ANYWHERE int32_t level_of(const Tables&, int32_t index) { return index; }
-
 // Adds what an escaped element's value differs by from the one that the row's last symbol would have.
 template <class Index>
 inline void mend(const Tables& tables, Index index, int32_t value, int32_t* symbol) {

@@ -2,15 +2,16 @@
 //
 // Reads 4 bytes a symbol and 1 or 4 an index (or fp32 scale), and what the words take, once each. Streams are
 // independent: threads share them out, over a whole batch. The kernels are in cpu/rans_avx512.h, rans_avx2.h,
-// rans_scalar.h.
+// rans_scalar.h, and the GPU's in cpu/rans_lockstep.h.
 #include <atomic>
 #include <memory>
 #include <tuple>
 
-#include "common/tensors.h"
+#include "common/crc32c_pieces.h"
+#include "common/rans_open.h"
 #include "cpu/parallel.h"
-#include "cpu/rans_mixture_parameters.h"
-#include "cpu/rans_stream.h"
+#include "cpu/rans_lockstep.h"
+#include "cpu/rans_tensors.h"
 
 namespace lic_fast {
 namespace {
@@ -19,20 +20,12 @@ using rans::ContainerState;
 using rans::Layout;
 using rans::StreamState;
 
-template <class TableSet>
-TableSet opened(const Tensor& packed) {
-  TableSet tables;
-  STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Long && packed.is_contiguous() && packed.is_cpu() &&
-                      rans::open(static_cast<const int64_t*>(packed.const_data_ptr()), packed.numel(), &tables),
-                  "rans_coder: tables that are not what pack() made");
-  return tables;
-}
-
-template <class T>
-const T* data_of(const Tensor& tensor, ScalarType type) {
-  STD_TORCH_CHECK(tensor.scalar_type() == type && tensor.is_contiguous() && tensor.is_cpu(),
-                  "rans_coder: a contiguous tensor of another dtype, or on the CPU, is needed");
-  return static_cast<const T*>(tensor.const_data_ptr());
+// The check as threads of a GPU find it.
+uint32_t check_by_pieces(const uint8_t* data, int64_t bytes) {
+  uint32_t table[256], crc = 0;
+  for (uint32_t byte = 0; byte < 256; ++byte) table[byte] = crc32c_pieces::with_bits(byte, 8);
+  for (int64_t i = 0; i < crc32c_pieces::pieces(bytes); ++i) crc ^= crc32c_pieces::of_piece(data, bytes, i, table);
+  return ~crc;
 }
 
 // Calls body(b, w) for every stream of every container.
@@ -42,11 +35,6 @@ void over_streams(int64_t batch, int64_t streams, int64_t elements, const Body& 
   torch::stable::parallel_for(0, batch * streams, (kSerialElements + each - 1) / each, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) body(i / streams, i % streams);
   });
-}
-
-// Whether tables are those of mixtures: they have no rows.
-bool of_mixtures(const Tensor& packed) {
-  return packed.numel() == rans::kMixtureWords && data_of<int64_t>(packed, ScalarType::Long)[1] == 0;
 }
 
 rans::Mixtures mixtures_of(const Tensor& words, const Tensor& symbols) {
@@ -78,6 +66,13 @@ std::tuple<Tensor, Tensor> encode(const Tensor& symbols, Source source, const Ta
     auto coder = std::make_unique<rans::StreamEncoder<Source>>(tables, layout, elements / layout.streams, variant);
     const Source own = sample(source, b, elements);
     const int32_t* const symbol = values + b * elements;
+    if (variant == rans::kLockstep) {
+      const rans::Status status =
+          rans::lockstep::encode(tables, layout, own, symbol, of_step, steps.numel(), w, coder.get());
+      if (status != rans::kDone) failure = status;
+      coders[b * layout.streams + w] = std::move(coder);
+      return;
+    }
     int64_t end = elements;
     for (int64_t s = steps.numel() - 1; s >= 0 && failure == rans::kDone; --s) {
       const rans::Share share = rans::share_of(of_step[s], layout, w);
@@ -124,7 +119,8 @@ std::tuple<Tensor, Tensor> encode(const Tensor& symbols, Source source, const Ta
         append(&value, coder.result.escape_width);  // its low bytes
       }
     }
-    const uint32_t check = crc32c(first, out - first);
+    const int64_t bytes = out - first;
+    const uint32_t check = variant == rans::kLockstep ? check_by_pieces(first, bytes) : crc32c(first, bytes);
     append(&check, sizeof check);
   }
   return {stream, sizes};
@@ -158,17 +154,7 @@ std::tuple<Tensor, Tensor> rans_coder_encode(Tensor symbols, Tensor indexes, Ten
   return encode(symbols, data_of<int32_t>(indexes, ScalarType::Int), tables, head, steps, layout, chosen);
 }
 
-// The state of a container, int64 [32 + 24 W]: rans::ContainerState, then W of rans::StreamState.
-Tensor rans_coder_open(Tensor stream, bool check) {
-  rans::Opened opened;
-  opened.head.status = rans::open(data_of<uint8_t>(stream, ScalarType::Byte), stream.numel(), check, &opened);
-  const int64_t streams = opened.head.status == rans::kDone ? opened.head.streams : 0;
-  Tensor state = torch::stable::new_empty(stream, {32 + 24 * streams}, ScalarType::Long);
-  uint8_t* out = static_cast<uint8_t*>(state.mutable_data_ptr());
-  std::memcpy(out, &opened.head, sizeof(ContainerState));
-  if (streams) std::memcpy(out + sizeof(ContainerState), opened.streams.data(), streams * sizeof(StreamState));
-  return state;
-}
+Tensor rans_coder_open(Tensor stream, bool check) { return rans::open_tensor(stream, check); }
 
 ContainerState* state_of(const Tensor& state, const Tensor& stream) {
   auto* head = static_cast<ContainerState*>(
@@ -189,9 +175,10 @@ rans::Status left_over(const ContainerState& head, StreamState* streams) {
   return clean ? rans::kDone : rans::kLeftOver;
 }
 
-template <class Source, class TableSet>
-rans::Status decode(const std::vector<Tensor>& containers, const std::vector<Tensor>& states, Source source,
-                    const TableSet& tables, int32_t* symbols, int64_t elements, bool last, rans::Variant variant) {
+// Calls body(b, layout, share, state) for every stream of every container, where a step of so many elements comes next.
+template <class Body>
+rans::Status over_states(const std::vector<Tensor>& containers, const std::vector<Tensor>& states, int64_t elements,
+                         bool last, const Body& body) {
   const int64_t batch = static_cast<int64_t>(containers.size());
   std::vector<ContainerState*> heads(batch);
   int64_t streams = 1;
@@ -204,12 +191,8 @@ rans::Status decode(const std::vector<Tensor>& containers, const std::vector<Ten
   over_streams(batch, streams, elements, [&](int64_t b, int64_t w) {
     if (w >= heads[b]->streams) return;
     const Layout layout{heads[b]->lanes, heads[b]->streams, heads[b]->skip};
-    const rans::Share share = rans::share_of(elements, layout, w);
     StreamState* state = reinterpret_cast<StreamState*>(heads[b] + 1) + w;
-    rans::StreamDecoder<Source> coder(tables, layout, static_cast<const uint8_t*>(containers[b].const_data_ptr()),
-                                      state, variant);
-    const rans::Status status =
-        coder.run(sample(source, b, elements) + share.first, symbols + (b * elements + share.first), share.count);
+    const rans::Status status = body(b, layout, rans::share_of(elements, layout, w), state);
     if (status != rans::kDone) failure = status;
   });
   for (int64_t b = 0; b < batch && failure == rans::kDone; ++b) {
@@ -218,6 +201,62 @@ rans::Status decode(const std::vector<Tensor>& containers, const std::vector<Ten
     if (last) failure = left_over(*heads[b], reinterpret_cast<StreamState*>(heads[b] + 1));
   }
   return failure;
+}
+
+template <class Source, class TableSet>
+rans::Status decode(const std::vector<Tensor>& containers, const std::vector<Tensor>& states, Source source,
+                    const TableSet& tables, int32_t* symbols, int64_t elements, bool last, rans::Variant variant) {
+  const auto body = [&](int64_t b, const Layout& layout, const rans::Share& share, StreamState* state) {
+    const auto* container = static_cast<const uint8_t*>(containers[b].const_data_ptr());
+    const Source own = sample(source, b, elements) + share.first;
+    int32_t* const symbol = symbols + (b * elements + share.first);
+    if (variant == rans::kLockstep) {
+      return rans::lockstep::decode_symbols(tables, layout, container, containers[b].numel(), state, own, symbol,
+                                            share.count);
+    }
+    rans::StreamDecoder<Source> coder(tables, layout, container, state, variant);
+    return coder.run(own, symbol, share.count);
+  };
+  return over_states(containers, states, elements, last, body);
+}
+
+// A step of which nothing but the places differs from sample to sample.
+struct Latent {
+  const float* means;     // or null
+  const int32_t* places;  // or null
+  float* values;
+  int64_t room;
+};
+
+template <class Index>
+rans::Status reconstruct(const std::vector<Tensor>& containers, const std::vector<Tensor>& states, const Index* indexes,
+                         const rans::Tables& tables, const Latent& latent, int64_t elements, bool last,
+                         rans::Variant variant) {
+  for (int64_t i = 0; latent.places && i < elements; ++i) {
+    if (static_cast<uint64_t>(latent.places[i]) >= static_cast<uint64_t>(latent.room)) return rans::kIndexOutside;
+  }
+  const auto body = [&](int64_t b, const Layout& layout, const rans::Share& share, StreamState* state) {
+    const auto* container = static_cast<const uint8_t*>(containers[b].const_data_ptr());
+    const int64_t at = b * latent.room;
+    const rans::Values<rans::ByLevel<Index>> source{
+        {indexes + at},     latent.means ? latent.means + at : nullptr, latent.places,
+        latent.values + at, static_cast<int32_t>(share.first),          static_cast<int32_t>(latent.room)};
+    if (variant == rans::kLockstep) {
+      return rans::lockstep::decode(tables, layout, container, containers[b].numel(), state, source, share.count);
+    }
+    std::vector<int32_t> symbols(share.count);
+    std::vector<Index> gathered(latent.places ? share.count : 0);
+    for (size_t i = 0; i < gathered.size(); ++i) gathered[i] = source.fetch(source.place(i)).code;
+    rans::StreamDecoder<const Index*> coder(tables, layout, container, state, variant);
+    const rans::Status status =
+        coder.run(latent.places ? gathered.data() : indexes + at + share.first, symbols.data(), share.count);
+    for (int64_t i = 0; i < share.count; ++i) {
+      const int64_t place = source.place(i);
+      source.put(place, source.fetch(place), symbols[i]);
+    }
+    return status;
+  };
+  return over_states(containers, states, elements, last, body);
 }
 
 // The next step of each of B containers: indexes [B, n] to symbols int32 [B, n]. Where `last`, nothing may be left. The
@@ -247,37 +286,38 @@ void rans_coder_decode_out(std::vector<Tensor> streams, std::vector<Tensor> stat
   run(data_of<int32_t>(indexes, ScalarType::Int));
 }
 
-// The integers of mixtures, int32 [B, 2 + 2 K, N], from fp32 scales, means and weights [B, K, N].
-Tensor rans_coder_mixture(Tensor scales, Tensor means, Tensor weights, Tensor packed) {
-  check_same_numel(scales, means);
-  check_same_numel(scales, weights);
-  STD_TORCH_CHECK(
-      of_mixtures(packed) && scales.dim() == 3 && scales.size(1) >= 1 && scales.size(1) <= rans::kMostComponents,
-      "rans_coder: 1 to 16 components and tables of mixtures are needed");
-  const auto tables = opened<rans::MixtureTables>(packed);
-  const int64_t batch = scales.size(0), components = scales.size(1), n = scales.size(2), planes = 2 + 2 * components;
-  Tensor words = torch::stable::new_empty(scales, {batch, planes, n}, ScalarType::Int);
-  rans::MixtureInputs in{data_of<float>(scales, ScalarType::Float),
-                         data_of<float>(means, ScalarType::Float),
-                         data_of<float>(weights, ScalarType::Float),
-                         n,
-                         static_cast<int32_t>(components),
-                         static_cast<float>(tables.steps),
-                         {},
-                         static_cast<int32_t*>(words.mutable_data_ptr())};
-  for (int32_t i = 0; i < 17; ++i) in.reach[i] = static_cast<float>(tables.reach[i]) * 0.0625f;
-  for (int64_t b = 0; b < batch; ++b) {
-    torch::stable::parallel_for(0, n, kSerialElements,
-                                [&](int64_t begin, int64_t end) { rans::mixture_words(&in, begin, end); });
-    in.scales += components * n, in.means += components * n, in.weights += components * n, in.words += planes * n;
-  }
-  return words;
+// The next step of each of B containers, elements [n] at places int32 [n] or at [0, M), into values fp32 [B, M]: their
+// symbols plus means fp32 [B, M]. indexes [B, M]. The rest as in rans_coder_decode_out.
+void rans_coder_reconstruct_out(std::vector<Tensor> streams, std::vector<Tensor> states, Tensor indexes, Tensor packed,
+                                std::optional<Tensor> means, std::optional<Tensor> places, Tensor values, bool last,
+                                int64_t variant) {
+  check_same_numel(values, indexes);
+  if (means) check_same_numel(values, *means);
+  const auto tables = opened<rans::Tables>(packed);
+  const auto chosen = static_cast<rans::Variant>(variant);
+  const int64_t batch = static_cast<int64_t>(streams.size());
+  STD_TORCH_CHECK(streams.size() == states.size() && batch > 0 && values.numel() % batch == 0 && rans::has(chosen),
+                  "rans_coder: streams, states or a variant that do not belong together");
+  STD_TORCH_CHECK(tables.ladder >= 0 || indexes.scalar_type() != ScalarType::Float,
+                  "rans_coder: scales need tables with a ladder");
+  const Latent latent{means ? data_of<float>(*means, ScalarType::Float) : nullptr,
+                      places ? data_of<int32_t>(*places, ScalarType::Int) : nullptr,
+                      const_cast<float*>(data_of<float>(values, ScalarType::Float)), values.numel() / batch};
+  const int64_t elements = places ? places->numel() : latent.room;
+  STD_TORCH_CHECK(elements <= rans::kMostStep && latent.room <= rans::kMostStep, "rans_coder: a step of 2^31 elements");
+  const auto run = [&](const auto* of_places) {
+    state_of(states[0], streams[0])->status =
+        reconstruct(streams, states, of_places, tables, latent, elements, last, chosen);
+  };
+  if (indexes.scalar_type() == ScalarType::Float) return run(data_of<float>(indexes, ScalarType::Float));
+  if (indexes.scalar_type() == ScalarType::Byte) return run(data_of<uint8_t>(indexes, ScalarType::Byte));
+  run(data_of<int32_t>(indexes, ScalarType::Int));
 }
 
 // Which variants run on this processor, as bits.
 int64_t rans_coder_variants() {
   int64_t found = 0;
-  for (int64_t v = rans::kBest; v <= rans::kAvx512Gathers; ++v) {
+  for (int64_t v = rans::kBest; v <= rans::kLockstep; ++v) {
     found |= static_cast<int64_t>(rans::has(static_cast<rans::Variant>(v))) << v;
   }
   return found;
@@ -294,7 +334,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lic_fast_cpp, m) {
   m.def(
       "rans_coder_decode_out(Tensor[] streams, Tensor(a!)[] states, Tensor indexes, Tensor packed, Tensor(b!) symbols, "
       "bool last, int variant) -> ()");
-  m.def("rans_coder_mixture(Tensor scales, Tensor means, Tensor weights, Tensor packed) -> Tensor");
+  m.def(
+      "rans_coder_reconstruct_out(Tensor[] streams, Tensor(a!)[] states, Tensor indexes, Tensor packed, Tensor? means, "
+      "Tensor? places, Tensor(b!) values, bool last, int variant) -> ()");
   m.def("rans_coder_variants() -> int");
 }
 
@@ -302,6 +344,6 @@ STABLE_TORCH_LIBRARY_IMPL(lic_fast_cpp, CompositeExplicitAutograd, m) {
   m.impl("rans_coder_encode", TORCH_BOX(&lic_fast::rans_coder_encode));
   m.impl("rans_coder_open", TORCH_BOX(&lic_fast::rans_coder_open));
   m.impl("rans_coder_decode_out", TORCH_BOX(&lic_fast::rans_coder_decode_out));
-  m.impl("rans_coder_mixture", TORCH_BOX(&lic_fast::rans_coder_mixture));
+  m.impl("rans_coder_reconstruct_out", TORCH_BOX(&lic_fast::rans_coder_reconstruct_out));
   m.impl("rans_coder_variants", TORCH_BOX(&lic_fast::rans_coder_variants));
 }

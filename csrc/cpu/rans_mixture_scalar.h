@@ -40,13 +40,8 @@ inline bool valid(const Mixtures& elements, int64_t count) {
 }
 
 // Found by scalar::encode through its arguments' namespace.
-inline scalar::Coded coded(const MixtureTables& tables, const Mixtures& at, int64_t i, int32_t symbol) {
-  const Range range{static_cast<uint32_t>(at.plane(1)[i])};
-  const Numbered found = numbered(at.words[i], range, symbol);
-  const int32_t size = range.size();
-  const uint32_t start = found.number == 0 ? 0 : cumulative(tables, at, i, size, found.number);
-  const uint32_t end = found.number > size ? 1u << tables.precision : cumulative(tables, at, i, size, found.number + 1);
-  return {start, end - start, found.raw, range.shift(), found.value, found.number == 0 || found.number > size};
+inline Coded coded(const MixtureTables& tables, const Mixtures& at, int64_t i, int32_t symbol) {
+  return coded(tables, MixtureView(at, i), symbol);
 }
 
 // The escaped lanes of a row, in their order.
@@ -69,7 +64,7 @@ inline void decode_mixture_row(DecodingOf<MixtureTables>& d, const Mixtures& at,
   for (int32_t i = 0; i < active; ++i) {
     const Range range{static_cast<uint32_t>(at.plane(1)[i])};
     const uint32_t slot = d.x[i] & mask;
-    const Symbol symbol = find(tables, at, i, slot);
+    const Symbol symbol = find(tables, MixtureView(at, i), slot);
     const uint32_t x = taken(d.x[i], symbol, slot, tables.precision);
     d.x[i] = d.refill ? refilled(x, d.words) : x;
     number[i] = symbol.number;

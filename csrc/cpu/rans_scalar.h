@@ -47,23 +47,9 @@ void decode(Decoding& d, const Index* index, int32_t* symbols, int64_t count) {
   }
 }
 
-// What an element is coded as.
-struct Coded {
-  uint32_t start, frequency, raw;
-  int32_t shift, value;
-  bool escaped;
-};
-
 template <class Index>
 inline Coded coded(const Tables& tables, const Index* index, int64_t i, int32_t symbol) {
-  const Level level = tables.level[level_of(tables, index[i])];
-  const uint32_t t = static_cast<uint32_t>(symbol) + half_of(level.shift());
-  const int32_t value = static_cast<int32_t>(t) >> level.shift();
-  const uint32_t number = static_cast<uint32_t>(value) - static_cast<uint32_t>(level.offset());
-  const bool escaped = number >= level.size;
-  const uint16_t* start = tables.starts + level.row() * tables.stride + (escaped ? level.size : number);
-  return {start[0], static_cast<uint32_t>(start[1] - start[0]), t & ((1u << level.shift()) - 1), level.shift(), value,
-          escaped};
+  return rans::coded(tables, tables.level[level_of(tables, index[i])], symbol);
 }
 
 inline uint32_t put(uint32_t x, bool too_large, uint16_t*& words) {

@@ -15,19 +15,20 @@
 
 namespace lic_fast::rans {
 
-enum Variant : int64_t { kBest = 0, kScalar = 1, kAvx2 = 2, kAvx512Loads = 3, kAvx512Gathers = 4 };
+// kLockstep is what a GPU runs, in rans_lockstep.h: for tests.
+enum Variant : int64_t { kBest = 0, kScalar = 1, kAvx2 = 2, kAvx512Loads = 3, kAvx512Gathers = 4, kLockstep = 5 };
 
 inline bool has(Variant variant) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   if (variant == kAvx2) return avx2;
-  if (variant >= kAvx512Loads) {
+  if (variant == kAvx512Loads || variant == kAvx512Gathers) {
     return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   }
 #endif
-  return variant <= kScalar;
+  return variant == kBest || variant == kScalar || variant == kLockstep;
 }
 
 // The fastest of this processor, or a lesser one that LIC_FAST_SIMD asks for.
@@ -78,7 +79,7 @@ inline Kernels<Mixtures> kernels_of(Variant variant, Mixtures) {
   if (variant == kBest) variant = best_variant();
 #if defined(__x86_64__)
   if (variant == kAvx2) return {avx2::decode_mixtures, avx2::encode_mixtures};
-  if (variant >= kAvx512Loads) return {avx512::decode_mixtures, avx512::encode_mixtures};
+  if (variant == kAvx512Loads || variant == kAvx512Gathers) return {avx512::decode_mixtures, avx512::encode_mixtures};
 #endif
   return {scalar::decode_mixtures, scalar::encode<MixtureTables, Mixtures>};
 }
@@ -90,29 +91,6 @@ bool in_range(const Tables& tables, const Index* index, int64_t count) {
   uint32_t most = 0;
   for (int64_t i = 0; i < count; ++i) most = std::max(most, static_cast<uint32_t>(index[i]));
   return most < static_cast<uint32_t>(tables.levels);
-}
-
-struct Layout {
-  int64_t lanes;
-  int64_t streams;
-  int64_t skip;
-};
-
-struct Share {
-  int64_t first, count;
-};
-
-inline Share share_of(int64_t elements, const Layout& layout, int64_t stream) {
-  const int64_t rows = (elements + layout.lanes - 1) / layout.lanes;
-  const int64_t each = (rows + layout.streams - 1) / layout.streams * layout.lanes;
-  const int64_t first = std::min(elements, stream * each);
-  return {first, std::min(elements - first, each)};
-}
-
-template <class Index>
-LIC_FAST_INLINE bool skipped(const Tables& tables, Index index, int64_t skip) {
-  const auto level = static_cast<uint32_t>(level_of(tables, index));  // of an index that nobody has checked yet
-  return level - static_cast<uint32_t>(tables.ladder) < static_cast<uint32_t>(skip);
 }
 
 // Decodes a step's share of a stream into symbols.
@@ -142,13 +120,13 @@ class StreamDecoder {
     int64_t n = 0;
     for (int64_t i = 0; i < count; ++i) {
       kept[n] = index[i];
-      n += !skipped(tables_, index[i], layout_.skip);
+      n += !skipped(tables_, level_of(tables_, index[i]), layout_.skip);
     }
     std::vector<int32_t> values(n + 1);
     const Status status = decode(kept.data(), values.data(), n);
     n = 0;
     for (int64_t i = 0; i < count; ++i) {
-      const bool coded = !skipped(tables_, index[i], layout_.skip);
+      const bool coded = !skipped(tables_, level_of(tables_, index[i]), layout_.skip);
       symbols[i] = coded ? values[n] : 0;
       n += coded;
     }
@@ -271,7 +249,7 @@ class StreamEncoder {
     int64_t n = 0;
     int32_t lost = 0;
     for (int64_t i = 0; i < count; ++i) {
-      const bool out = skipped(tables_, index[i], layout_.skip);
+      const bool out = skipped(tables_, level_of(tables_, index[i]), layout_.skip);
       lost |= out ? symbols[i] : 0;
       kept[n] = index[i];
       values[n] = symbols[i];

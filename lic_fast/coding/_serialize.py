@@ -7,6 +7,9 @@ import struct
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 MAGIC = b"LFTB"
 LADDER_LEVELS = 244
 HEAD = struct.Struct("<4sBBHIIi")
@@ -17,11 +20,21 @@ MIXTURE_HEAD = struct.Struct("<4sBBH")
 
 
 class Serialized:
-    """What is its bytes: compared, hashed, copied and pickled as them. `hash`: what streams name it by."""
+    """What is its bytes: compared, hashed, copied and pickled as them.
 
-    def __init__(self, serialized: bytes) -> None:
-        self.serialized = serialized
+    `hash`: what streams name it by. `packed`: what coding looks up, on the CPU.
+    """
+
+    def __init__(self, serialized: bytes, packed: Tensor) -> None:
+        self.serialized, self.packed = serialized, packed
+        self._packed_on: dict[torch.device, Tensor] = {packed.device: packed}
         self.hash = hashlib.sha256(serialized).hexdigest()[:16]
+
+    def packed_on(self, device: torch.device) -> Tensor:
+        """`packed` on a device; copied there once."""
+        if device not in self._packed_on:
+            self._packed_on[device] = self.packed.to(device)
+        return self._packed_on[device]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.serialized,)

@@ -29,8 +29,7 @@ class MixtureTables(Serialized):
     ladder = -1
 
     def __init__(self, serialized: bytes) -> None:
-        self.packed = rans_pack_mixture(serialized)
-        super().__init__(serialized)
+        super().__init__(serialized, rans_pack_mixture(serialized))
         self.precision = MIXTURE_HEAD.unpack_from(serialized)[1]
 
     def __repr__(self) -> str:
@@ -54,8 +53,8 @@ def mixture_parameters(
 ) -> Tensor:
     """The integers that encode() and decode() take for mixtures: int32, 2 + 2 K along dim where scales have K.
 
-    scales, means, weights: fp32 of one shape on the CPU, K (1 to 16) components along dim: [K, *] for symbols [*];
-    with dim=1 [B, K, *] for encode_batch. CompressAI's [B, K * C, H, W] is that after view(B, K, C, H, W). Weights
+    scales, means, weights: fp32 of one shape on the CPU or a GPU, K (1 to 16) components along dim: [K, *] for symbols
+    [*]; with dim=1 [B, K, *] for encode_batch. CompressAI's [B, K * C, H, W] is that after view(B, K, C, H, W). Weights
     need not sum to 1 (of logits, take the softmax). Scales are taken between 2**-7 and 2**19.
 
     All implementations give the same integers for the same floats, but two machines' models may not give the same
@@ -67,7 +66,8 @@ def mixture_parameters(
     """
     if not isinstance(tables, MixtureTables):
         raise TypeError(f"mixture_parameters: tables must be MixtureTables, got {type(tables).__name__}")
-    return _parameters(scales, means, weights, tables.packed, dim=dim)
+    packed = tables.packed_on(scales.device) if isinstance(scales, Tensor) else tables.packed
+    return _parameters(scales, means, weights, packed, dim=dim)
 
 
 def mixture_bits(symbols: Tensor, parameters: Tensor, tables: MixtureTables) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..functional.coding import BitstreamError
-from ..functional.rans import rans_decode_, rans_encode, rans_open
+from ..functional.rans import rans_check, rans_decode_, rans_encode, rans_open, rans_reconstruct_
 from ._allocate import ESCAPE_BITS
 from ._serialize import LADDER_LEVELS, deserialize
 from .mixtures import MixtureTables, mixture_bits
@@ -84,11 +84,11 @@ def _uint8(function: str, stream: Stream) -> Tensor:
 def encode(symbols: Tensor, indexes: Tensor, tables: AnyTables, *, lanes: int | str = "auto", skip: int = 0) -> bytes:
     """The container of all symbols.
 
-    symbols int32 of any shape (up to 8 sides) on the CPU, any values; indexes of the same shape: fp32 scales (for
-    tables with a ladder), or int32 or uint8 levels; for MixtureTables, indexes are the int32 [2 + 2 K, *] of
-    mixture_parameters. lanes: how many chains are interleaved, a power of two up to 32 or
-    a multiple of 32; each 32 can be decoded by a thread or a warp of its own, and costs 55 to 60 bytes. skip: elements
-    in the first `skip` levels of the ladder must be 0, and are not coded.
+    symbols int32 of any shape (up to 8 sides), any values, on the CPU or a GPU; beside them indexes of the same shape:
+    fp32 scales (for tables with a ladder), or int32 or uint8 levels; for MixtureTables, indexes are the int32
+    [2 + 2 K, *] of mixture_parameters. lanes: how many chains are interleaved, a power of two up to 32 or a multiple of
+    32; each 32 can be decoded by a thread or a warp of its own, and costs 55 to 60 bytes. skip: elements in the first
+    `skip` levels of the ladder must be 0, and are not coded.
 
     Raises ValueError for shapes, lanes, indexes outside the tables and skipped symbols that are not 0; TypeError for
     dtypes and devices; BackendError for a forced backend.
@@ -98,9 +98,10 @@ def encode(symbols: Tensor, indexes: Tensor, tables: AnyTables, *, lanes: int | 
     _tensors("encode", symbols, indexes, tables)
     rows = _rows(indexes, tables, symbols.shape, 1, 0)
     stream, _ = rans_encode(
-        symbols.reshape(1, symbols.numel()), rows, tables.packed, shape=symbols.shape, lanes=lanes, skip=skip
-    )
-    return stream.numpy().tobytes()
+        symbols.reshape(1, symbols.numel()), rows, tables.packed_on(symbols.device), shape=symbols.shape, lanes=lanes,
+        skip=skip,
+    )  # fmt: skip
+    return stream.cpu().numpy().tobytes()
 
 
 def encode_batch(
@@ -119,16 +120,18 @@ def encode_batch(
     shape = symbols.shape[1:]
     rows = _rows(indexes, tables, shape, len(symbols), 1)
     stream, lengths = rans_encode(
-        symbols.reshape(len(symbols), shape.numel()), rows, tables.packed, shape=shape, lanes=lanes, skip=skip
-    )
-    data, ends = stream.numpy().tobytes(), lengths.cumsum(0).tolist()
+        symbols.reshape(len(symbols), shape.numel()), rows, tables.packed_on(symbols.device), shape=shape, lanes=lanes,
+        skip=skip,
+    )  # fmt: skip
+    data, ends = stream.cpu().numpy().tobytes(), lengths.cumsum(0).tolist()
     return [data[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def decode(stream: Stream, indexes: Tensor, tables: AnyTables, *, check: bool = True) -> Tensor:
     """The symbols of a container, int32 of the shape of indexes, which must be those that it was encoded with.
 
-    For MixtureTables, indexes are parameters [2 + 2 K, *], and symbols are [*].
+    They are decoded where the indexes are, on the CPU or a GPU, to which bytes are moved. For MixtureTables, indexes
+    are parameters [2 + 2 K, *], and symbols are [*].
 
     check: whether the CRC is looked at. Without it damage may go unseen, but nothing worse happens.
 
@@ -151,11 +154,11 @@ def decode_batch(streams: Sequence[Stream], indexes: Tensor, tables: AnyTables, 
 def _decode(
     function: str, streams: Sequence[Stream], indexes: Tensor, tables: AnyTables, batch: int, check: bool
 ) -> Tensor:
-    packed = _checked(function, tables).packed
+    packed, device = _checked(function, tables).packed, indexes.device
     whole = _shape(function, indexes, tables, batch)
     shape = whole[batch:]
     data = [_uint8(function, stream) for stream in streams]
-    states = [rans_open(stream, packed, check=check) for stream in data]
+    states = [rans_open(stream.cpu(), packed, check=check) for stream in data]
     for state in states:
         head = state[:_HEAD].tolist()
         held = head[_DIMENSIONS_AT + 1 : _DIMENSIONS_AT + 1 + max(0, head[_DIMENSIONS_AT])]
@@ -164,8 +167,19 @@ def _decode(
             raise BitstreamError(
                 f"{function}: the stream holds {what}, the indexes are {list(shape)}; pass its indexes"
             )
+    data, states = _moved(data, device), _moved(states, device)
     rows = _rows(indexes, tables, shape, len(data), batch)
-    return rans_decode_(data, states, rows, packed, last=True).view(whole)
+    symbols = rans_decode_(data, states, rows, tables.packed_on(device), last=True).view(whole)
+    if device.type != "cpu":
+        rans_check(states)
+    return symbols
+
+
+def _moved(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
+    """On `device`, in one copy."""
+    if all(tensor.device == device for tensor in tensors):
+        return tensors
+    return list(torch.cat([tensor.cpu() for tensor in tensors]).to(device).split([*map(len, tensors)]))
 
 
 class Encoder:
@@ -203,11 +217,11 @@ class Encoder:
         steps = self._steps or [(torch.empty(0, dtype=torch.int32), torch.empty((*planes, 0), dtype=torch.int32))]
         symbols, indexes = (torch.cat([step[i] for step in steps], -1)[None] for i in range(2))
         stream, _ = rans_encode(
-            symbols, indexes, self._tables.packed, steps=[len(step[0]) for step in self._steps], lanes=self._lanes,
-            skip=self._skip,
+            symbols, indexes, self._tables.packed_on(symbols.device), steps=[len(step[0]) for step in self._steps],
+            lanes=self._lanes, skip=self._skip,
         )  # fmt: skip
         self._steps.clear()
-        return stream.numpy().tobytes()
+        return stream.cpu().numpy().tobytes()
 
 
 def _levels(function: str, indexes: Tensor, tables: AnyTables) -> Tensor:
@@ -227,17 +241,24 @@ def _levels(function: str, indexes: Tensor, tables: AnyTables) -> Tensor:
 class Decoder:
     """Decodes the stream of an Encoder step by step, in the encoder's order.
 
-    check: as in decode. Raises BitstreamError, naming what is wrong with the stream; TypeError for what is no stream.
+    check: as in decode. device: where the indexes will be; by default the stream's, the CPU for bytes. On a GPU steps
+    wait for nothing and allocate their results only, so that a CUDA graph can hold them; what goes wrong is said by
+    finish(), and symbols mean nothing before that.
+
+    Raises BitstreamError, naming what is wrong with the stream; TypeError for what is no stream.
     Source: docs/BITSTREAM.md.
     """
 
-    def __init__(self, stream: Stream, tables: AnyTables, *, check: bool = True) -> None:
-        self._tables, self._packed = tables, _checked("Decoder", tables).packed
-        self._stream = _uint8("Decoder", stream)
-        self._state = rans_open(self._stream, self._packed, check=check)
-        if int(self._state[_DIMENSIONS_AT]) >= 0:
+    def __init__(
+        self, stream: Stream, tables: AnyTables, *, check: bool = True, device: torch.device | str | None = None
+    ) -> None:
+        data, self._tables = _uint8("Decoder", stream), _checked("Decoder", tables)
+        state = rans_open(data.cpu(), tables.packed, check=check)
+        if int(state[_DIMENSIONS_AT]) >= 0:
             raise BitstreamError("Decoder: the stream was not made step by step; use decode")
-        self.steps, self.elements = int(self._state[_STEPS_AT]), int(self._state[_ELEMENTS_AT])
+        self.steps, self.elements = int(state[_STEPS_AT]), int(state[_ELEMENTS_AT])
+        self._stream = data.to(data.device if device is None else device)
+        self._state, self._packed = state.to(self._stream.device), tables.packed_on(self._stream.device)
 
     def decode(self, indexes: Tensor) -> Tensor:
         """The symbols of the next step, int32 of the shape of its indexes (of parameters [2 + 2 K, *], that of *).
@@ -249,13 +270,34 @@ class Decoder:
         rows = _rows(indexes, self._tables, shape, 1, 0)
         return rans_decode_([self._stream], [self._state], rows, self._packed, last=False).view(shape)
 
+    def reconstruct_(
+        self, indexes: Tensor, means: Tensor | None, values: Tensor, *, places: Tensor | None = None
+    ) -> Tensor:
+        """Writes the values of the next step, symbols plus means, into `values`, fp32, and returns it.
+
+        indexes, means fp32 (or None) of the shape of values, which is contiguous. places int32 [n], each once: of the n
+        elements of the step, in the flattened values; None: the step is all of them.
+
+        Raises what decode raises; ValueError for places outside and values that are not contiguous.
+        """
+        if not isinstance(values, Tensor) or not values.is_contiguous():
+            raise ValueError("Decoder.reconstruct_: values must be a contiguous tensor; write into a contiguous one")
+        row = (1, values.numel())
+        rans_reconstruct_(
+            [self._stream], [self._state], indexes.reshape(row), self._packed,
+            None if means is None else means.reshape(row), values.view(row), places=places, last=False,
+        )  # fmt: skip
+        return values
+
     def finish(self) -> None:
         """Checks that every step was decoded and nothing is left over: the whole stream vouches for its symbols.
 
-        Raises BitstreamError where that is not so.
+        Raises BitstreamError where that is not so, on a GPU ValueError for indexes that were outside the tables too.
         """
-        none = torch.empty((1, 0) if isinstance(self._tables, Tables) else (1, 4, 0), dtype=torch.int32)
+        planes = () if isinstance(self._tables, Tables) else (4,)
+        none = torch.empty((1, *planes, 0), dtype=torch.int32, device=self._stream.device)
         rans_decode_([self._stream], [self._state], none, self._packed, last=True)
+        rans_check([self._state])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,7 +350,7 @@ def rate_report(
     Raises what decode raises for the stream and its arguments. Source: our choice.
     """
     _tensors("rate_report", symbols, indexes, tables)
-    data = _uint8("rate_report", stream)
+    data, symbols, indexes = (x.cpu() for x in (_uint8("rate_report", stream), symbols, indexes))
     state = rans_open(data, _checked("rate_report", tables).packed)
     levels = _levels("rate_report", indexes, tables)
     price = _table_bits if isinstance(tables, Tables) else mixture_bits

@@ -31,8 +31,7 @@ class Tables(Serialized):
     """
 
     def __init__(self, serialized: bytes) -> None:
-        self.packed = rans_pack(serialized)
-        super().__init__(serialized)
+        super().__init__(serialized, rans_pack(serialized))
         self.precision, self.ladder = HEAD.unpack_from(serialized)[1], HEAD.unpack_from(serialized)[-1]
 
     def __len__(self) -> int:

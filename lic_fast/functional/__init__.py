@@ -15,7 +15,7 @@ from .likelihood import (
 from .modes import cmd_assign, embed_select, rls_update_, sensitivity_accumulate_
 from .parameters import affine_reconstruct, affine_reconstruct_, sma_update_
 from .preconditioning import adam_update_, refresh_eigenbasis, rotate_moments_, soap_update_
-from .rans import rans_decode_, rans_encode, rans_lanes, rans_open, rans_pack
+from .rans import rans_check, rans_decode_, rans_encode, rans_lanes, rans_open, rans_pack, rans_reconstruct_
 from .rans_mixture import mixture_parameters, rans_pack_mixture
 from .schedule import schedule_dequantize_, schedule_levels, schedule_quantize_
 
@@ -40,12 +40,14 @@ __all__ = [
     "mixture_parameters",
     "mixture_rate",
     "pack_factorized",
+    "rans_check",
     "rans_decode_",
     "rans_encode",
     "rans_lanes",
     "rans_open",
     "rans_pack",
     "rans_pack_mixture",
+    "rans_reconstruct_",
     "refresh_eigenbasis",
     "rls_update_",
     "rotate_moments_",

@@ -33,8 +33,12 @@ _SENTENCES = {
     _container.CHECK: "the CRC-32C does not match; the stream is damaged",
     _container.PADDING: "unused bits are set; the stream is damaged",
     _container.RAN_OUT: "the stream runs out; it is damaged, or was made with other indexes",
+    _container.NO_LADDER: "these tables have no ladder for scales, and none to skip on; pass indexes, and skip=0",
+    _container.INDEX_OUTSIDE: "an index is outside the tables, or a place outside the values; clamp them",
     _container.LEFT_OVER: "the symbols do not end where the stream does; it is damaged, or was made with other indexes",
 }
+_STATUS_PROFILE = [_container.STATUS, _container.PROFILE_AT]
+_NOT_MIXTURES = "parameters have weights, ranges or means that mixture_parameters never gives; pass what it gives"
 
 
 def rans_pack(serialized: bytes) -> Tensor:
@@ -111,13 +115,13 @@ def rans_lanes(lanes: int | str, elements: int) -> tuple[int, int]:
 
 def _elements(f: str, indexes: object, packed: Tensor) -> tuple[Tensor, tuple[int, int]]:
     """What tells how elements are coded, contiguous, and (samples, elements of each)."""
-    if packed[1]:  # tables that have rows
+    if not _op.of_mixtures(packed):
         indexes = _rows(f, "indexes", indexes, _op.INDEX_DTYPES)
         return indexes, (indexes.shape[0], indexes.shape[1])
     tensor = _check.tensor(f, "parameters", indexes)
     _check.dtype_in(f, "parameters", tensor, (torch.int32,))
-    if not tensor.is_cpu:
-        raise TypeError(f"{f}: parameters must be on the CPU, got {tensor.device}; move them with .cpu()")
+    if tensor.device.type not in ("cpu", "cuda"):
+        raise TypeError(f"{f}: parameters must be on the CPU or a GPU, got {tensor.device}; move them with .cpu()")
     planes = tensor.shape[1] if tensor.dim() == 3 else 0
     if planes % 2 or not 4 <= planes <= 2 + 2 * MOST_COMPONENTS:
         raise ValueError(
@@ -130,25 +134,26 @@ def _elements(f: str, indexes: object, packed: Tensor) -> tuple[Tensor, tuple[in
 def _rows(f: str, name: str, value: object, dtypes: Sequence[torch.dtype]) -> Tensor:
     tensor = _check.tensor(f, name, value)
     _check.dtype_in(f, name, tensor, dtypes)
-    if not tensor.is_cpu:
-        raise TypeError(f"{f}: {name} must be on the CPU, got {tensor.device}; move it with .cpu()")
+    if tensor.device.type not in ("cpu", "cuda"):
+        raise TypeError(f"{f}: {name} must be on the CPU or a GPU, got {tensor.device}; move it with .cpu()")
     if tensor.dim() != 2:
         raise ValueError(f"{f}: {name} must be [B, N], got {list(tensor.shape)}; flatten each sample")
     return tensor.detach().contiguous()
 
 
 def _outside(f: str, indexes: Tensor, packed: Tensor) -> str:
-    if not packed[1]:
-        return f"{f}: parameters have weights, ranges or means that mixture_parameters never gives; pass what it gives"
+    if _op.of_mixtures(packed):
+        return f"{f}: {_NOT_MIXTURES}"
     return (
         f"{f}: indexes must be in [0, {int(packed[2])}), got {int(indexes.min())} to {int(indexes.max())}; clamp them"
     )
 
 
 def _check_ladder(f: str, indexes: Tensor, packed: Tensor, skip: int) -> None:
-    if skip and not packed[1]:
+    _check.same_device(f, ("indexes", indexes), ("packed", packed))
+    if skip and _op.of_mixtures(packed):
         raise ValueError(f"{f}: mixtures are never skipped, got skip={skip}; pass skip=0")
-    if (indexes.dtype is torch.float32 or skip) and int(packed[4]) < 0:
+    if packed.is_cpu and (indexes.dtype is torch.float32 or skip) and int(packed[4]) < 0:
         raise ValueError(f"{f}: these tables have no ladder for scales, and none to skip on; pass indexes, and skip=0")
 
 
@@ -166,7 +171,8 @@ def rans_encode(
 
     symbols int32 [B, N], any values; indexes [B, N]: int32 or uint8 levels of the tables, or fp32 scales, of which the
     kernel takes the level itself; or a mixture's integers, int32 [B, 2 + 2 K, N]. packed: of rans_pack, or of
-    rans_pack_mixture for mixtures. shape: of a sample, of N elements (default [N]); or steps: the
+    rans_pack_mixture for mixtures. All three on the CPU or on one GPU, where the containers then are; the lengths are
+    on the CPU. shape: of a sample, of N elements (default [N]); or steps: the
     elements of each step of a stepwise stream, N in all. skip: elements of the first `skip` levels of the ladder are 0
     and not coded.
 
@@ -179,6 +185,7 @@ def rans_encode(
     symbols, (indexes, held) = _rows(f, "symbols", symbols, (torch.int32,)), _elements(f, indexes, packed)
     if symbols.shape != held:
         raise ValueError(f"{f}: shapes must agree, got {list(symbols.shape)} and {list(held)}; expand one")
+    _check.same_device(f, ("symbols", symbols), ("indexes", indexes))
     if not 0 <= skip <= LADDER_LEVELS:
         raise ValueError(f"{f}: skip must be 0 to {LADDER_LEVELS} levels, got {skip}")
     _check_ladder(f, indexes, packed, skip)
@@ -192,7 +199,9 @@ def rans_encode(
     width, streams = rans_lanes(lanes, n)
     flags = width.bit_length() - 1 | 8 * bool(skip) | 16 * (steps is not None)
     head = (
-        b"LFR\1" + bytes([0 if packed[1] else 1, flags]) + int(packed[_op.HASH_WORD]).to_bytes(8, "little", signed=True)
+        b"LFR\1"
+        + bytes([int(_op.of_mixtures(packed)), flags])
+        + int(packed[_op.HASH_WORD]).to_bytes(8, "little", signed=True)
     )
     head += (bytes([skip]) if skip else b"") + _container.varint(streams)
     counts = [len(sides), *sides] if steps is None else [len(sizes), n]
@@ -201,12 +210,17 @@ def rans_encode(
         symbols, indexes, packed, torch.frombuffer(bytearray(head), dtype=torch.uint8),
         torch.tensor(sizes, dtype=torch.int64), width, streams, skip,
     )  # fmt: skip
-    status = -int(lengths[0])
+    _raise_for_encoder(f, -int(lengths[0]), indexes, packed)
+    return stream, lengths[: len(symbols)]
+
+
+def _raise_for_encoder(f: str, status: int, indexes: Tensor, packed: Tensor) -> None:
     if status == _container.INDEX_OUTSIDE:
         raise ValueError(_outside(f, indexes, packed))
+    if status == _container.NO_LADDER:
+        raise ValueError(f"{f}: {_SENTENCES[status]}")
     if status == _container.NOT_ZERO:
         raise ValueError(f"{f}: a symbol of a skipped level is not 0; set those to 0 before, or pass skip=0")
-    return stream, lengths[: len(symbols)]
 
 
 def rans_open(stream: Tensor, packed: Tensor, *, check: bool = True) -> Tensor:
@@ -230,10 +244,24 @@ def rans_open(stream: Tensor, packed: Tensor, *, check: bool = True) -> Tensor:
     if hashed != int(packed[_op.HASH_WORD]):
         name = hashed.to_bytes(8, "little", signed=True).hex()
         raise BitstreamError(f"{f}: the stream was made with the tables {name}, which these are not; pass those")
-    if int(state[_container.PROFILE_AT]) != (0 if packed[1] else 1):
-        kinds = ("mixtures", "tables") if packed[1] else ("tables", "mixtures")
+    mixtures = _op.of_mixtures(packed)
+    if int(state[_container.PROFILE_AT]) != int(mixtures):
+        kinds = ("tables", "mixtures") if mixtures else ("mixtures", "tables")
         raise BitstreamError(f"{f}: the stream is one of {kinds[0]}, decoded as one of {kinds[1]}; pass those")
     return state
+
+
+def _step(
+    f: str, streams: Sequence[Tensor], states: Sequence[Tensor], indexes: Tensor, packed: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    if not len(streams) == len(states) == len(indexes):
+        raise ValueError(
+            f"{f}: {len(indexes)} samples need as many streams and states, got {len(streams)} and {len(states)}"
+        )
+    for tensor in (*streams, *states):
+        _check.same_device(f, ("indexes", indexes), ("a stream or state", tensor))
+    _check_ladder(f, indexes, packed, 0)
+    return list(streams), list(states)
 
 
 def rans_decode_(
@@ -241,8 +269,9 @@ def rans_decode_(
 ) -> Tensor:
     """The next step of B containers, int32 [B, n]; the states, of rans_open, move on.
 
-    indexes [B, n], or mixtures' integers [B, 2 + 2 K, n]: as the encoder had them. last: whether this is the
-    last step, after which nothing may be left over.
+    indexes [B, n], or mixtures' integers [B, 2 + 2 K, n]: as the encoder had them. last: whether this is the last step,
+    after which nothing may be left over. All tensors lie on the CPU, or on one GPU, where nothing is waited for: what
+    goes wrong is kept in the states until rans_check is called, and the symbols mean nothing before that.
 
     Raises BitstreamError where a stream runs out, or ends elsewhere; ValueError for shapes and indexes outside the
     tables, TypeError for dtypes and devices, BackendError for a forced backend. After an error the states mean nothing.
@@ -250,18 +279,88 @@ def rans_decode_(
     """
     f = "rans_decode_"
     indexes, held = _elements(f, indexes, packed)
-    if not len(streams) == len(states) == len(indexes):
-        raise ValueError(
-            f"{f}: {len(indexes)} samples need as many streams and states, got {len(streams)} and {len(states)}"
-        )
-    _check_ladder(f, indexes, packed, 0)
-    symbols = torch.empty(held, dtype=torch.int32)
+    streams, states = _step(f, streams, states, indexes, packed)
+    symbols = torch.empty(held, dtype=torch.int32, device=indexes.device)
     if len(indexes) == 0:
         return symbols
-    torch.ops.lic_fast.rans_coder_decode_(list(streams), list(states), indexes, packed, symbols, last)
-    status = int(states[0][0])
-    if status == _container.INDEX_OUTSIDE:
-        raise ValueError(_outside(f, indexes, packed))
-    if status:
-        raise BitstreamError(f"{f}: {_SENTENCES[status]}")
+    torch.ops.lic_fast.rans_coder_decode_(streams, states, indexes, packed, symbols, last)
+    if indexes.is_cpu:
+        if int(states[0][0]) == _container.INDEX_OUTSIDE:
+            raise ValueError(_outside(f, indexes, packed))
+        _raise_for(f, int(states[0][0]))
     return symbols
+
+
+def rans_reconstruct_(
+    streams: Sequence[Tensor],
+    states: Sequence[Tensor],
+    indexes: Tensor,
+    packed: Tensor,
+    means: Tensor | None,
+    values: Tensor,
+    *,
+    places: Tensor | None = None,
+    last: bool,
+) -> Tensor:
+    """The next step of B containers as values of a latent: symbols plus means, written where they belong.
+
+    values fp32 [B, M], contiguous, written in place and returned; indexes, means (or None) of its shape, fp32 means.
+    places int32 [n], each once: the step's element i has its index, its mean and its value there; None: all M, in
+    order. The rest as in rans_decode_; on a GPU one launch, which a CUDA graph can hold.
+
+    Raises what rans_decode_ raises; ValueError and TypeError for means, places and values too.
+    Source: as rans_encode; the fusion is our choice.
+    """
+    f = "rans_reconstruct_"
+    if _op.of_mixtures(packed):
+        raise ValueError(f"{f}: tables of levels are needed, got those of mixtures; use rans_decode_, and add means")
+    indexes = _rows(f, "indexes", indexes, _op.INDEX_DTYPES)
+    _check.dtype_in(f, "values", _check.tensor(f, "values", values), (torch.float32,))
+    _check.same_shape(f, ("values", values), ("indexes", indexes), ("means", means))
+    if not values.is_contiguous():
+        raise ValueError(f"{f}: values must be contiguous, got strides {values.stride()}; write into a contiguous one")
+    _check.no_gradient(f, "values", [values])
+    others = [("indexes", indexes)]
+    if means is not None:
+        means = _rows(f, "means", means, (torch.float32,))
+        others.append(("means", means))
+    if places is not None:
+        _check.dtype_in(f, "places", _check.tensor(f, "places", places), (torch.int32,))
+        if places.dim() != 1 or (values.shape[1] == 0 and len(places)):
+            raise ValueError(f"{f}: places must be [n] in [0, {values.shape[1]}), got {list(places.shape)}")
+        places = places.contiguous()
+        others.append(("places", places))
+    for other in others:
+        _check.same_device(f, ("values", values), other)
+        _check.no_overlap(f, ("values", values), other)
+    streams, states = _step(f, streams, states, indexes, packed)
+    if len(indexes) == 0:
+        return values
+    torch.ops.lic_fast.rans_coder_reconstruct_(streams, states, indexes, packed, means, places, values, last)
+    if values.is_cpu:
+        _raise_for(f, int(states[0][0]))
+    return values
+
+
+def rans_check(states: Sequence[Tensor]) -> None:
+    """Waits for the steps decoded on a GPU, and says what went wrong in any; on the CPU they have said it themselves.
+
+    states: those that rans_decode_ and rans_reconstruct_ moved on.
+
+    Raises BitstreamError where a stream ran out, or ended elsewhere; ValueError for indexes outside the tables,
+    mixtures' integers outside their limits, places outside the values, and scales for tables without a ladder.
+    Source: our choice.
+    """
+    if len(states):
+        for status, profile in torch.stack([state[: _container.HEAD] for state in states])[:, _STATUS_PROFILE].tolist():
+            if profile and status == _container.INDEX_OUTSIDE:
+                raise ValueError(f"rans_check: {_NOT_MIXTURES}")
+            _raise_for("rans_check", status)
+
+
+def _raise_for(f: str, status: int) -> None:
+    if status in (_container.INDEX_OUTSIDE, _container.NO_LADDER):
+        raise ValueError(f"{f}: {_SENTENCES[status]}")
+    if status:
+        text = _SENTENCES[status]
+        raise BitstreamError(f"{f}: {text}")

@@ -50,9 +50,9 @@ def rans_pack_mixture(serialized: bytes) -> Tensor:
 def mixture_parameters(scales: Tensor, means: Tensor, weights: Tensor, packed: Tensor, *, dim: int = 0) -> Tensor:
     """The integers that code elements of mixtures, int32, of the shape of scales with 2 + 2 K for K along dim.
 
-    scales, means, weights: fp32 [*, K, *] of one shape on the CPU, K (1 to 16) components along dim. Scales are taken
-    between 2**-7 and 2**19; weights need not sum to 1; means may be anything in the range of int32. packed: of
-    rans_pack_mixture.
+    scales, means, weights: fp32 [*, K, *] of one shape, K (1 to 16) components along dim. Scales are taken between
+    2**-7 and 2**19; weights need not sum to 1; means may be anything in the range of int32. packed: of
+    rans_pack_mixture. All on the CPU or on one GPU, where nothing is waited for.
 
     No transcendental function takes part, and every operation is rounded by itself: all implementations of lic_fast
     give the same integers for the same floats. But two machines' models may not give the same floats: run this once,
@@ -66,10 +66,13 @@ def mixture_parameters(scales: Tensor, means: Tensor, weights: Tensor, packed: T
     for name, value in (("scales", scales), ("means", means), ("weights", weights)):
         tensor = _check.tensor(f, name, value)
         _check.dtype_in(f, name, tensor, (torch.float32,))
-        if not tensor.is_cpu:
-            raise TypeError(f"{f}: {name} must be on the CPU, got {tensor.device}; move it with .cpu()")
+        if tensor.device.type not in ("cpu", "cuda"):
+            raise TypeError(f"{f}: {name} must be on the CPU or a GPU, got {tensor.device}; move it with .cpu()")
         tensors.append(tensor.detach())
-    _check.same_shape(f, *zip(("scales", "means", "weights"), tensors, strict=True))
+    named = list(zip(("scales", "means", "weights"), tensors, strict=True))
+    _check.same_shape(f, *named)
+    for other in (*named[1:], ("packed", packed)):
+        _check.same_device(f, named[0], other)
     shape = list(scales.shape)
     if not -len(shape) <= dim < len(shape) or not 1 <= shape[dim] <= MOST_COMPONENTS:
         raise ValueError(f"{f}: 1 to {MOST_COMPONENTS} components along dim {dim} are needed, got {shape}; pass dim")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from ..reference.rans_coder import rans_coder_decode_ as reference_decode_
 from ..reference.rans_coder import rans_coder_encode as reference_encode
 from ..reference.rans_coder import rans_coder_mixture as reference_mixture
 from ..reference.rans_coder import rans_coder_open as reference_open
+from ..reference.rans_coder import rans_coder_reconstruct_ as reference_reconstruct_
 from ..reference.rans_coder import shares
 from ._library import define
 
@@ -23,7 +26,9 @@ __all__ = [
     "INDEX_DTYPES",
     "MIXTURE",
     "OPEN",
+    "RECONSTRUCT_",
     "container",
+    "of_mixtures",
     "pack",
     "pack_mixture",
     "shares",
@@ -33,6 +38,7 @@ INDEX_DTYPES = (torch.int32, torch.uint8, torch.float32)
 _HEAD = 8  # 64-bit words: precision, rows, levels, stride, ladder, hash, 0, 0
 HASH_WORD = 5
 _BUCKETS = 256
+_MIXTURE_WORDS = 88
 _LINE = 32  # entries of 2 bytes: a cache line
 VARIANT = 0  # of csrc/cpu/rans_stream.h: the best of this processor; tests set the others
 _SENTINELS = 3  # entries of 2**precision at the end of a row, so that four can be read at once
@@ -90,6 +96,11 @@ def pack_mixture(
     return torch.from_numpy(np.concatenate([head, *(part.view(np.int64) for part in (entries, reaches, quantiles))]))
 
 
+def of_mixtures(packed: Tensor) -> bool:
+    """Whether packed tables are pack_mixture's, by their size, which no others have: nothing is read on a GPU."""
+    return packed.numel() == _MIXTURE_WORDS
+
+
 def _native_encode(*arguments: object) -> tuple[Tensor, Tensor]:
     return _native.op("cpp", "rans_coder_encode")(*arguments, VARIANT)
 
@@ -103,25 +114,48 @@ def _native_decode_(*arguments: object) -> None:
 
 
 def _native_mixture(*arguments: object) -> Tensor:
-    return _native.op("cpp", "rans_coder_mixture")(*arguments)
+    return _native.op("cpp", "rans_coder_mixture")(*arguments, VARIANT)
 
 
-def _why_not(device: str) -> str | None:
-    return _native.why_not("cpp", device)
+def _native_reconstruct_(*arguments: object) -> None:
+    _native.op("cpp", "rans_coder_reconstruct_out")(*arguments, VARIANT)
 
 
-_ORDER = {"cpu": ("cpp", "reference")}
+def _cuda(name: str) -> Callable[..., object]:
+    return lambda *arguments: _native.op("cuda", name)(*arguments)
 
 
-def _spec(name: str, native: object, reference: object, dtypes: tuple[torch.dtype, ...]) -> OpSpec:
-    impls = {"cpp": Impl(native, ("cpu",), dtypes, _why_not), "reference": Impl(reference, ("cpu",), dtypes)}
+def _why_not(backend: str) -> Callable[[str], str | None]:
+    return lambda device: _native.why_not(backend, device)
+
+
+_ORDER = {"cpu": ("cpp", "reference"), "cuda": ("cuda",)}
+
+
+def _spec(
+    name: str,
+    native: Callable,
+    reference: Callable,
+    dtypes: tuple[torch.dtype, ...],
+    on_cuda: str,
+    cuda_takes: str = "cuda",
+) -> OpSpec:
+    impls = {
+        "cuda": Impl(_cuda(on_cuda), (cuda_takes,), dtypes, _why_not("cuda")),
+        "cpp": Impl(native, ("cpu",), dtypes, _why_not("cpp")),
+        "reference": Impl(reference, ("cpu",), dtypes),
+    }
     return register(OpSpec(name, impls, _ORDER))
 
 
-ENCODE = _spec("rans_coder_encode", _native_encode, reference_encode, (torch.int32,))
-OPEN = _spec("rans_coder_open", _native_open, reference_open, (torch.uint8,))
-DECODE_ = _spec("rans_coder_decode_", _native_decode_, reference_decode_, INDEX_DTYPES)
-MIXTURE = _spec("rans_coder_mixture", _native_mixture, reference_mixture, (torch.float32,))
+ENCODE = _spec("rans_coder_encode", _native_encode, reference_encode, (torch.int32,), "rans_coder_encode")
+# What a header says the host must know: the CUDA library opens containers on the CPU too.
+OPEN = _spec("rans_coder_open", _native_open, reference_open, (torch.uint8,), "rans_coder_open", "cpu")
+DECODE_ = _spec("rans_coder_decode_", _native_decode_, reference_decode_, INDEX_DTYPES, "rans_coder_decode_out")
+RECONSTRUCT_ = _spec(
+    "rans_coder_reconstruct_", _native_reconstruct_, reference_reconstruct_, INDEX_DTYPES, "rans_coder_reconstruct_out"
+)
+MIXTURE = _spec("rans_coder_mixture", _native_mixture, reference_mixture, (torch.float32,), "rans_coder_mixture")
 
 
 def _encode(symbols: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
@@ -130,7 +164,7 @@ def _encode(symbols: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
 
 def _fake_encode(symbols: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     stream = symbols.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
-    return stream, symbols.new_empty(max(symbols.shape[0], 1), dtype=torch.int64)
+    return stream, torch.empty(max(symbols.shape[0], 1), dtype=torch.int64)
 
 
 def _open(stream: Tensor, check: bool) -> Tensor:
@@ -160,6 +194,19 @@ def _fake_mixture(scales: Tensor, means: Tensor, weights: Tensor, packed: Tensor
     return scales.new_empty((batch, 2 + 2 * components, n), dtype=torch.int32)
 
 
+def _reconstruct_(
+    streams: list[Tensor],
+    states: list[Tensor],
+    indexes: Tensor,
+    packed: Tensor,
+    means: Tensor | None,
+    places: Tensor | None,
+    values: Tensor,
+    last: bool,
+) -> None:
+    RECONSTRUCT_(indexes, streams, states, indexes, packed, means, places, values, last)
+
+
 define(
     "rans_coder_encode(Tensor symbols, Tensor indexes, Tensor packed, Tensor head, Tensor steps, int lanes, "
     "int streams, int skip) -> (Tensor, Tensor)",
@@ -174,5 +221,11 @@ define(
     "rans_coder_decode_(Tensor[] streams, Tensor(a!)[] states, Tensor indexes, Tensor packed, Tensor(b!) symbols, "
     "bool last) -> ()",
     _decode_,
+    _fake_decode_,
+)
+define(
+    "rans_coder_reconstruct_(Tensor[] streams, Tensor(a!)[] states, Tensor indexes, Tensor packed, Tensor? means, "
+    "Tensor? places, Tensor(b!) values, bool last) -> ()",
+    _reconstruct_,
     _fake_decode_,
 )

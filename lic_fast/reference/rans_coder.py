@@ -32,7 +32,14 @@ from ._rans_container import (
 )
 from ._rans_mixture import Mixtures, rans_coder_mixture
 
-__all__ = ["Tables", "rans_coder_decode_", "rans_coder_encode", "rans_coder_mixture", "rans_coder_open"]
+__all__ = [
+    "Tables",
+    "rans_coder_decode_",
+    "rans_coder_encode",
+    "rans_coder_mixture",
+    "rans_coder_open",
+    "rans_coder_reconstruct_",
+]
 
 LOW = 1 << 16
 TAIL_LIMIT = (1 << 32) - LOW
@@ -254,6 +261,31 @@ def rans_coder_decode_(
                 _finish(states[b])
     except Refused as refused:
         states[0][STATUS] = refused.status
+
+
+def rans_coder_reconstruct_(
+    streams: list[Tensor],
+    states: list[Tensor],
+    indexes: Tensor,
+    packed: Tensor,
+    means: Tensor | None,
+    places: Tensor | None,
+    values: Tensor,
+    last: bool,
+) -> None:
+    """Decodes the next step of B containers into values fp32 [B, M]: symbols plus means, at places int32 [n] or all.
+
+    indexes, means fp32 [B, M]: those of element i lie at places[i] too. The rest as in rans_coder_decode_.
+    """
+    room = values.shape[1]
+    where = torch.arange(room) if places is None else places.long()
+    if where.numel() and not 0 <= int(where.min()) <= int(where.max()) < room:
+        states[0][STATUS] = INDEX_OUTSIDE
+        return
+    symbols = torch.zeros((len(values), len(where)), dtype=torch.int32)
+    rans_coder_decode_(streams, states, indexes[:, where], packed, symbols, last)
+    if states[0][STATUS] == 0:
+        values[:, where] = symbols.float() + (0.0 if means is None else means[:, where])
 
 
 def _decode_one(tables: Tables | Mixtures, data: bytes, state: Tensor, indexes: np.ndarray) -> np.ndarray:

@@ -8,7 +8,8 @@
 //   - opening allocates no more than its streams' states, of which there is one for every three bytes at the most, and
 //     decoding no more than a copy of the indexes and symbols that it was called for,
 //   - a case ends within kSeconds,
-//   - scalar, AVX2 and AVX-512 decoders come to the same end, with the same symbols and states,
+//   - scalar, AVX2 and AVX-512 decoders and the GPU's (in lockstep) come to the same end, with the same symbols and
+//     states: those of tables, and those of mixtures,
 //   - damage does not get past a CRC that is looked at.
 // The last line is a JSON object of how often which end was come to.
 #include <sanitizer/common_interface_defs.h>
@@ -70,6 +71,7 @@ const char* const kNames[] = {"done",    "truncated",     "foreign",    "version
                               "flags",   "number",        "impossible", "trailing",  "check",
                               "padding", "index outside", "ran out",    "left over", "not zero"};
 constexpr int64_t kCasesOfSample = 16;
+constexpr int64_t kSamplesOfMixtures = 3;  // one of so many; the others are of tables
 
 struct Counts {
   int64_t opened[15] = {}, decoded[15] = {};
@@ -92,21 +94,27 @@ bool used_up(const ContainerState& head, const std::vector<StreamState>& streams
   return clean;
 }
 
-template <class Index>
-End decode(const Tables& tables, const Opened& opened, const Bytes& bytes, const std::vector<Index>& index,
+template <class Elements, class AnyTables>
+End decode(const AnyTables& tables, const Opened& opened, const Bytes& bytes, Elements elements, int64_t n,
            const std::vector<int64_t>& steps, Variant variant) {
   const ContainerState& head = opened.head;
   const Layout layout{head.lanes, head.streams, head.skip};
-  End end{kDone, std::vector<int32_t>(index.size()), opened.streams};
-  const auto n = static_cast<int64_t>(index.size());
+  End end{kDone, std::vector<int32_t>(n), opened.streams};
   const int64_t before = allocated;
   int64_t at = 0;
   for (const int64_t step : steps) {
     for (int64_t w = 0; w < head.streams; ++w) {
       const Share share = share_of(step, layout, w);
-      StreamDecoder<const Index*> decoder(tables, layout, bytes.data(), &end.streams[w], variant);
-      const int64_t first = at + share.first;
-      const Status status = decoder.run(index.data() + first, end.symbols.data() + first, share.count);
+      int32_t* const symbols = end.symbols.data() + at + share.first;
+      const Elements own = elements + (at + share.first);
+      Status status;
+      if (variant == kLockstep) {
+        status = lockstep::decode_symbols(tables, layout, bytes.data(), static_cast<int64_t>(bytes.size()),
+                                          &end.streams[w], own, symbols, share.count);
+      } else {
+        StreamDecoder<Elements> decoder(tables, layout, bytes.data(), &end.streams[w], variant);
+        status = decoder.run(own, symbols, share.count);
+      }
       if (end.status == kDone) end.status = status;
     }
     if (end.status != kDone) break;
@@ -132,15 +140,20 @@ bool same(const End& a, const End& b) {
   return a.symbols == b.symbols;
 }
 
-End decode_by_all(const Tables& tables, const Opened& opened, const Bytes& bytes, const Indexes& indexes,
+// Of a stream that runs out before an index is outside a GPU says the latter: it goes on to the end of a step.
+bool same_on_gpu(const End& a, const End& b) {
+  return (a.status == kRanOut && b.status == kIndexOutside) || same(a, b);
+}
+
+template <class Elements, class AnyTables>
+End decode_by_all(const AnyTables& tables, const Opened& opened, const Bytes& bytes, Elements elements, int64_t n,
                   const std::vector<int64_t>& steps) {
-  const auto by = [&](Variant variant) {
-    return std::visit([&](const auto& index) { return decode(tables, opened, bytes, index, steps, variant); }, indexes);
-  };
+  const auto by = [&](Variant variant) { return decode(tables, opened, bytes, elements, n, steps, variant); };
   End end = by(kScalar);
   for (const Variant variant : {kAvx2, kAvx512Loads, kAvx512Gathers}) {
     if (has(variant) && !same(end, by(variant))) fail("two decoders come to different ends");
   }
+  if (!same_on_gpu(end, by(kLockstep))) fail("the decoder of a GPU comes to another end");
   return end;
 }
 
@@ -183,7 +196,7 @@ class Run {
     if (!repaired && check && bytes != sample_.bytes && bytes != other_.bytes) fail("damage gets past the CRC");
     const bool foreign = random.once_in(8);
     const Indexes indexes = foreign ? other_indexes(random, sample_.indexes) : sample_.indexes;
-    ++counts_.decoded[decode_by_all(tables_->get(), opened, bytes, indexes, sample_.steps).status];
+    ++counts_.decoded[decode_by_all(opened, bytes, indexes).status];
   }
 
   void report(double seconds) const {
@@ -203,19 +216,40 @@ class Run {
   void prepare(int64_t number) {
     sample_number_ = number;
     Random random(static_cast<uint64_t>(number) * 2);
-    tables_ = std::make_unique<TableSet>(random);
-    if (!tables_->good()) fail("tables that pack() would make are refused");
+    if (number % kSamplesOfMixtures) {
+      make_samples(random, &tables_);
+    } else {
+      make_samples(random, &mixtures_);
+    }
+  }
+
+  template <class Set>
+  void make_samples(Random& random, std::unique_ptr<Set>* set) {
+    *set = std::make_unique<Set>(random);
+    if (!(*set)->good()) fail("tables that pack() would make are refused");
     sample_ = {}, other_ = {};
-    if (!make_sample(random, tables_->get(), &sample_) || !make_sample(random, tables_->get(), &other_)) {
+    if (!make_sample(random, (*set)->get(), &sample_) || !make_sample(random, (*set)->get(), &other_)) {
       fail("an encoder refuses what it should take");
     }
+  }
+
+  End decode_by_all(const Opened& opened, const Bytes& bytes, const Indexes& indexes) const {
+    const auto by_all = [&](const auto& held) {
+      const int64_t n = count_of(held);
+      if constexpr (std::is_same_v<std::decay_t<decltype(held)>, MixtureWords>) {
+        return fuzz::decode_by_all(mixtures_->get(), opened, bytes, elements_of(held), n, sample_.steps);
+      } else {
+        return fuzz::decode_by_all(tables_->get(), opened, bytes, elements_of(held), n, sample_.steps);
+      }
+    };
+    return std::visit(by_all, indexes);
   }
 
   void untouched() {
     Opened opened;
     const Bytes bytes(sample_.bytes);
     if (open_bounded(bytes, true, &opened) != kDone) fail("a container as it was made does not open");
-    const End end = decode_by_all(tables_->get(), opened, bytes, sample_.indexes, sample_.steps);
+    const End end = decode_by_all(opened, bytes, sample_.indexes);
     if (end.status != kDone || end.symbols != sample_.symbols) fail("a container as it was made does not decode");
     ++counts_.opened[kDone];
     ++counts_.decoded[kDone];
@@ -223,6 +257,7 @@ class Run {
 
   int64_t sample_number_ = -1;
   std::unique_ptr<TableSet> tables_;
+  std::unique_ptr<MixtureSet> mixtures_;
   Sample sample_, other_;
   Counts counts_;
 };

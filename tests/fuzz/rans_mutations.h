@@ -105,26 +105,56 @@ inline void mutate(Random& random, const Sample& sample, const Bytes& other, Byt
   if (random.once_in(2)) fit(random, bytes);
 }
 
+// Mixtures other than those that the container was made with: planes reversed or shifted, or one word beyond a limit.
+inline void make_others(Random& random, MixtureWords& mixtures) {
+  if (mixtures.count == 0) return;
+  const bool reversed = random.once_in(2), spoilt = random.once_in(2);
+  const int64_t by = random.below(mixtures.count), at = random.below(mixtures.count);
+  for (int64_t p = 0; p < mixtures.planes(); ++p) {
+    int32_t *const first = mixtures.plane(p), *const end = first + mixtures.count;
+    reversed ? std::reverse(first, end) : static_cast<void>(std::rotate(first, first + by, end));
+  }
+  if (!spoilt) return;
+  const int64_t k = random.below(mixtures.components);
+  int32_t &range = mixtures.plane(1)[at], &mean = mixtures.plane(2 + 2 * k)[at], &form = mixtures.plane(3 + 2 * k)[at];
+  const auto any = static_cast<int32_t>(random.next());
+  switch (random.below(4)) {
+    case 0: range = (range & ~0xFFF) | random.one_of({0, kMostRange + 1, 0xFFF}); break;
+    case 1: mean = random.one_of({kMostMean + 1, -kMostMean - 1, INT32_MIN, INT32_MAX}); break;
+    case 2: form = any; break;
+    default: range = any;
+  }
+}
+
+// Indexes, likewise.
+template <class Index>
+void make_others(Random& random, std::vector<Index>& index) {
+  if (index.empty()) return;
+  if (random.once_in(2)) {
+    std::reverse(index.begin(), index.end());
+  } else {
+    std::rotate(index.begin(), index.begin() + random.below(index.size()), index.end());
+  }
+  auto& one = index[random.below(index.size())];
+  if constexpr (std::is_same_v<Index, int32_t>) {
+    one = random.one_of<int32_t>({one, -1, INT32_MIN, INT32_MAX, 65536});
+  } else if constexpr (std::is_same_v<Index, uint8_t>) {
+    one = random.one_of<uint8_t>({one, 255});
+  } else {
+    const uint32_t bits = random.one_of<uint32_t>({0, 0x80000000u, 0x7F800000u, 0x7FC00000u, 0xFFFFFFFFu, 1u});
+    std::memcpy(&one, &bits, sizeof one);
+  }
+}
+
 // Other indexes than those the container was made with: reversed, shifted, or one of them outside of the tables.
 inline Indexes other_indexes(Random& random, Indexes indexes) {
+  if (auto* mixtures = std::get_if<MixtureWords>(&indexes)) {
+    make_others(random, *mixtures);
+    return indexes;
+  }
   std::visit(
       [&](auto& index) {
-        if (index.empty()) return;
-        if (random.once_in(2)) {
-          std::reverse(index.begin(), index.end());
-        } else {
-          std::rotate(index.begin(), index.begin() + random.below(index.size()), index.end());
-        }
-        using Index = typename std::decay_t<decltype(index)>::value_type;
-        auto& one = index[random.below(index.size())];
-        if constexpr (std::is_same_v<Index, int32_t>) {
-          one = random.one_of<int32_t>({one, -1, INT32_MIN, INT32_MAX, 65536});
-        } else if constexpr (std::is_same_v<Index, uint8_t>) {
-          one = random.one_of<uint8_t>({one, 255});
-        } else {
-          const uint32_t bits = random.one_of<uint32_t>({0, 0x80000000u, 0x7F800000u, 0x7FC00000u, 0xFFFFFFFFu, 1u});
-          std::memcpy(&one, &bits, sizeof one);
-        }
+        if constexpr (!std::is_same_v<std::decay_t<decltype(index)>, MixtureWords>) make_others(random, index);
       },
       indexes);
   return indexes;

@@ -12,12 +12,36 @@
 #include <variant>
 #include <vector>
 
-#include "cpu/rans_stream.h"
+#include "cpu/rans_lockstep.h"
 
 namespace lic_fast::rans::fuzz {
 
 using Bytes = std::vector<uint8_t>;
-using Indexes = std::variant<std::vector<float>, std::vector<uint8_t>, std::vector<int32_t>>;
+
+// Integers of mixtures, plane after plane, not one more.
+struct MixtureWords {
+  std::vector<int32_t> words;
+  int64_t count;
+  int32_t components;
+
+  int32_t* plane(int64_t p) { return words.data() + p * count; }
+  int64_t planes() const { return 2 + 2 * components; }
+};
+using Indexes = std::variant<std::vector<float>, std::vector<uint8_t>, std::vector<int32_t>, MixtureWords>;
+
+// What coders take.
+template <class Index>
+const Index* elements_of(const std::vector<Index>& indexes) {
+  return indexes.data();
+}
+inline Mixtures elements_of(const MixtureWords& mixtures) {
+  return {mixtures.words.data(), mixtures.count, mixtures.components};
+}
+template <class Index>
+int64_t count_of(const std::vector<Index>& indexes) {
+  return static_cast<int64_t>(indexes.size());
+}
+inline int64_t count_of(const MixtureWords& mixtures) { return mixtures.count; }
 
 class Random {  // splitmix64
  public:
@@ -100,6 +124,38 @@ class TableSet {
   bool good_ = false;
 };
 
+// A table of mixtures, likewise: half masses that rise evenly, by less and less, at once, or hardly.
+class MixtureSet {
+ public:
+  explicit MixtureSet(Random& random) {
+    packed_.assign(kMixtureWords, 0);
+    packed_[0] = random.between(12, 16);
+    packed_[3] = random.between(1, 15);
+    uint32_t parts[2 * kEntries + 32] = {};  // entries, reach, quantiles
+    const int64_t kind = random.below(4);
+    uint32_t half = 0;
+    for (int32_t i = 0; i < kEntries; ++i) {
+      const uint32_t left = 65535 - half, few = static_cast<uint32_t>(random.below(4));
+      const uint32_t slope = kind == 0 ? 65535 / kEntries : kind == 1 ? left / 5 : kind == 2 ? (i ? 0 : left) : few;
+      parts[i] = half << 16 | slope;
+      half += slope;
+    }
+    for (int32_t i = 0; i < 17; ++i) parts[kEntries + i] = static_cast<uint32_t>(random.below(257));
+    for (int32_t i = 0; i < kEntries; ++i) {  // a search may begin anywhere
+      parts[kEntries + 32 + i] = static_cast<uint32_t>(static_cast<int32_t>(random.between(-16384, 16384)));
+    }
+    std::memcpy(packed_.data() + kTablesHeader, parts, sizeof(int64_t) * (kMixtureWords - kTablesHeader));
+    good_ = open(packed_.data(), static_cast<int64_t>(packed_.size()), &tables_);
+  }
+  bool good() const { return good_; }
+  const MixtureTables& get() const { return tables_; }
+
+ private:
+  std::vector<int64_t> packed_;
+  MixtureTables tables_{};
+  bool good_ = false;
+};
+
 // A container and what it was made of.
 struct Sample {
   Indexes indexes;
@@ -122,7 +178,7 @@ inline void seal(Bytes* bytes) {
 }
 
 inline Variant random_variant(Random& random) {
-  const Variant variant = random.one_of({kScalar, kAvx2, kAvx512Loads, kAvx512Gathers});
+  const Variant variant = random.one_of({kScalar, kAvx2, kAvx512Loads, kAvx512Gathers, kLockstep});
   return has(variant) ? variant : kScalar;
 }
 
@@ -144,6 +200,42 @@ inline Indexes random_indexes(Random& random, const Tables& tables, int64_t n) {
   return levels;
 }
 
+// Any that are allowed: every form, shift, size and hint, means up to their limits.
+inline MixtureWords random_mixtures(Random& random, int64_t n) {
+  const auto components = random.one_of<int32_t>({1, 2, 3, 3, 4, 5, 16});
+  MixtureWords made{std::vector<int32_t>((2 + 2 * components) * n), n, components};
+  const int64_t near = random.one_of<int64_t>({1000, 20000, 1 << 20});
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t size = random.one_of<int64_t>({random.between(1, 8), random.between(1, kMostRange), kMostRange});
+    made.plane(0)[i] = static_cast<int32_t>(random.next() >> random.one_of<int32_t>({32, 56}));
+    made.plane(1)[i] = static_cast<int32_t>(static_cast<uint32_t>(size) | static_cast<uint32_t>(random.next()) << 12);
+    int64_t left = kWeights;
+    for (int32_t k = 0; k < components; ++k) {
+      const int64_t weight = k + 1 == components ? left : random.once_in(3) ? 0 : random.below(left + 1);
+      const int64_t far = random.once_in(8) ? kMostMean : near;
+      left -= weight;
+      made.plane(2 + 2 * k)[i] = static_cast<int32_t>(random.between(-far, far));
+      made.plane(3 + 2 * k)[i] = static_cast<int32_t>(weight << 16 | random.below(1 << 13));
+    }
+  }
+  return made;
+}
+
+// About the range of each element, whose ends are escapes.
+inline std::vector<int32_t> random_symbols(Random& random, MixtureWords& mixtures) {
+  std::vector<int32_t> symbols(mixtures.count);
+  const int64_t rare = random.one_of<int64_t>({1, 5, 100, int64_t{1} << 40});
+  for (int64_t i = 0; i < mixtures.count; ++i) {
+    const Range range{static_cast<uint32_t>(mixtures.plane(1)[i])};
+    const auto value = static_cast<uint32_t>(static_cast<int32_t>(random.between(-2, range.size() + 3)));
+    const auto raw = static_cast<uint32_t>(random.below(int64_t{1} << range.shift()));
+    symbols[i] = static_cast<int32_t>(static_cast<uint32_t>(mixtures.plane(0)[i]) + (value << range.shift()) + raw);
+    if (random.once_in(rare))
+      symbols[i] = random.one_of<int32_t>({INT32_MIN, INT32_MAX, -129, 40000, static_cast<int32_t>(random.next())});
+  }
+  return symbols;
+}
+
 inline std::vector<int32_t> random_symbols(Random& random, const Tables& tables, const Indexes& indexes, int64_t n,
                                            int64_t skip) {
   std::vector<int32_t> symbols(n);
@@ -153,7 +245,13 @@ inline std::vector<int32_t> random_symbols(Random& random, const Tables& tables,
     symbols[i] = static_cast<int32_t>(random.between(-width, width));
     if (random.once_in(rare))
       symbols[i] = random.one_of<int32_t>({INT32_MIN, INT32_MAX, -129, 40000, static_cast<int32_t>(random.next())});
-    if (skip && std::visit([&](const auto& index) { return skipped(tables, index[i], skip); }, indexes)) symbols[i] = 0;
+    const auto left_out = [&](const auto& index) {
+      if constexpr (std::is_same_v<std::decay_t<decltype(index)>, MixtureWords>)
+        return false;
+      else
+        return skipped(tables, level_of(tables, index[i]), skip);
+    };
+    if (skip && std::visit(left_out, indexes)) symbols[i] = 0;
   }
   return symbols;
 }
@@ -165,8 +263,8 @@ inline int64_t random_size(Random& random) {
 }
 
 // Appends words, escape values and check to the head.
-template <class Index>
-void write_payload(const std::vector<std::unique_ptr<StreamEncoder<const Index*>>>& coders, Bytes* out) {
+template <class Elements>
+void write_payload(const std::vector<std::unique_ptr<StreamEncoder<Elements>>>& coders, Bytes* out) {
   const auto append = [out](const void* from, int64_t bytes) {
     const auto* first = static_cast<const uint8_t*>(from);
     out->insert(out->end(), first, first + bytes);
@@ -183,23 +281,29 @@ void write_payload(const std::vector<std::unique_ptr<StreamEncoder<const Index*>
 }
 
 // False where an encoder refuses what it should take.
-template <class Index>
-bool encode_sample(Random& random, const Tables& tables, const Layout& layout, const std::vector<Index>& index,
-                   const Bytes& head, Sample* sample) {
-  std::vector<std::unique_ptr<StreamEncoder<const Index*>>> coders;
+template <class Elements, class AnyTables>
+bool encode_sample(Random& random, const AnyTables& tables, const Layout& layout, Elements elements, const Bytes& head,
+                   Sample* sample) {
+  std::vector<std::unique_ptr<StreamEncoder<Elements>>> coders;
   std::vector<Finished> finished;
-  const auto n = static_cast<int64_t>(index.size());
+  const auto n = static_cast<int64_t>(sample->symbols.size());
   const Variant variant = random_variant(random);
   for (int64_t w = 0; w < layout.streams; ++w) {
-    coders.push_back(std::make_unique<StreamEncoder<const Index*>>(tables, layout, n / layout.streams, variant));
+    coders.push_back(std::make_unique<StreamEncoder<Elements>>(tables, layout, n / layout.streams, variant));
     int64_t end = n;
-    for (auto step = sample->steps.rbegin(); step != sample->steps.rend(); ++step) {
-      end -= *step;
-      const Share share = share_of(*step, layout, w);
-      const int64_t first = end + share.first;
-      if (coders[w]->add(index.data() + first, sample->symbols.data() + first, share.count) != kDone) return false;
+    const int64_t steps = static_cast<int64_t>(sample->steps.size());
+    if (variant == kLockstep) {
+      const Status status = lockstep::encode(tables, layout, elements, sample->symbols.data(), sample->steps.data(),
+                                             steps, w, coders[w].get());
+      if (status != kDone) return false;
     }
-    coders[w]->finish();
+    for (int64_t s = steps - 1; variant != kLockstep && s >= 0; --s) {
+      end -= sample->steps[s];
+      const Share share = share_of(sample->steps[s], layout, w);
+      const int64_t first = end + share.first;
+      if (coders[w]->add(elements + first, sample->symbols.data() + first, share.count) != kDone) return false;
+    }
+    if (variant != kLockstep) coders[w]->finish();
     finished.push_back(coders[w]->result);
   }
   sample->bytes =
@@ -208,15 +312,11 @@ bool encode_sample(Random& random, const Tables& tables, const Layout& layout, c
   return true;
 }
 
-inline bool make_sample(Random& random, const Tables& tables, Sample* sample) {
-  const int64_t n = random_size(random), log_lanes = random.below(6);
-  const int64_t most = random.once_in(30) ? kMostStreams : 40;
-  const int64_t streams = random.one_of<int64_t>({1, 1, 1, 2, 3, 8, random.between(1, most)});
-  const int64_t skip = tables.ladder < 0 ? 0 : random.one_of<int64_t>({0, 0, 1, 40, kLadderLevels});
-  sample->indexes = random_indexes(random, tables, n);
-  sample->symbols = random_symbols(random, tables, sample->indexes, n, skip);
+// The head of a container of n elements, in steps or one shape, both at random.
+inline Bytes random_head(Random& random, int64_t n, int64_t log_lanes, int64_t streams, int64_t skip, uint8_t profile,
+                         Sample* sample) {
   sample->stepwise = random.once_in(3);
-  Bytes head = {'L', 'F', 'R', kVersionNumber, 0};
+  Bytes head = {'L', 'F', 'R', kVersionNumber, profile};
   head.push_back(static_cast<uint8_t>(log_lanes | (skip ? 8 : 0) | (sample->stepwise ? 16 : 0)));
   for (uint8_t i = 1; i <= 8; ++i) head.push_back(i);  // the table hash, which is Python's to compare
   if (skip) head.push_back(static_cast<uint8_t>(skip));
@@ -237,9 +337,39 @@ inline bool make_sample(Random& random, const Tables& tables, Sample* sample) {
     put_number(&head, sides);
     for (int64_t i = 0; i < sides; ++i) put_number(&head, i == own ? n : 1);
   }
+  return head;
+}
+
+inline int64_t random_streams(Random& random) {
+  const int64_t most = random.once_in(30) ? kMostStreams : 40;
+  return random.one_of<int64_t>({1, 1, 1, 2, 3, 8, random.between(1, most)});
+}
+
+inline bool make_sample(Random& random, const Tables& tables, Sample* sample) {
+  const int64_t n = random_size(random), log_lanes = random.below(6), streams = random_streams(random);
+  const int64_t skip = tables.ladder < 0 ? 0 : random.one_of<int64_t>({0, 0, 1, 40, kLadderLevels});
+  sample->indexes = random_indexes(random, tables, n);
+  sample->symbols = random_symbols(random, tables, sample->indexes, n, skip);
+  const Bytes head = random_head(random, n, log_lanes, streams, skip, 0, sample);
   const Layout layout{int64_t{1} << log_lanes, streams, skip};
-  return std::visit([&](const auto& index) { return encode_sample(random, tables, layout, index, head, sample); },
-                    sample->indexes);
+  const auto encode = [&](const auto& indexes) {
+    if constexpr (std::is_same_v<std::decay_t<decltype(indexes)>, MixtureWords>)
+      return false;
+    else
+      return encode_sample(random, tables, layout, elements_of(indexes), head, sample);
+  };
+  return std::visit(encode, sample->indexes);
+}
+
+inline bool make_sample(Random& random, const MixtureTables& tables, Sample* sample) {
+  const int64_t n = random_size(random), log_lanes = random.below(6), streams = random_streams(random);
+  MixtureWords mixtures = random_mixtures(random, n);
+  sample->symbols = random_symbols(random, mixtures);
+  const Bytes head = random_head(random, n, log_lanes, streams, 0, 1, sample);
+  const Layout layout{int64_t{1} << log_lanes, streams, 0};
+  const bool done = encode_sample(random, tables, layout, elements_of(mixtures), head, sample);
+  sample->indexes = std::move(mixtures);
+  return done;
 }
 
 }  // namespace lic_fast::rans::fuzz
