@@ -22,6 +22,7 @@ OPS = (
     "rans_coder",
     "context_conv",
     "schedule",
+    "integer_conv2d",
     "gdn",
     "mixture_rate",
     "factorized_rate",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +95,29 @@ class MSPCodec(nn.Module):
     def aux_loss(self) -> Tensor:
         """The auxiliary loss of the entropy model's quantiles."""
         return self.entropy_model.aux_loss()
+
+    @property
+    def portable(self) -> bool:
+        """Whether compress() makes streams that decode on any machine and device (MSPEntropyModel.exact)."""
+        return self.entropy_model.exact
+
+    @torch.no_grad()
+    def make_portable(self, x: Tensor | Iterable[Tensor]) -> None:
+        """Makes streams portable: integer networks, calibrated on images x [B, 3, H, W] in [0, 1], or several such.
+
+        After training, and again after more of it. Raises what forward and MSPEntropyModel.make_portable raise.
+        """
+        images = [x] if isinstance(x, Tensor) else x
+        self.entropy_model.make_portable(self.g_a(self._checked("make_portable", image)) for image in images)
+
+    @staticmethod
+    def decodes_anywhere(strings: object) -> bool:
+        """Whether `strings` of compress() hold portable streams only; they may be anything a file can hold."""
+        if not (isinstance(strings, (list, tuple)) and len(strings) == 1 and isinstance(strings[0], (list, tuple))):
+            return False
+        from ..entropy import is_portable
+
+        return all(isinstance(stream, bytes) and is_portable(stream) for stream in strings[0])
 
     def update(self, scale_table: object = None, force: bool = False) -> bool:
         """Makes the coding tables, where there are none or by force; returns whether it did.

@@ -257,6 +257,8 @@ class _Search:
         else:
             y, quantize = self.y.clone(), _Soft() if surrogate == "soft" else _Gumbel(self.generator)
             optimizer = torch.optim.Adam([y], lr=rate)
+        # straight-through rounds to what is coded, by the networks that code: its cost is the real one
+        real = surrogate == "ste" and not self.codec.entropy_model.exact
         warm, cold = _TEMPERATURES.get(surrogate, (1.0, 1.0))
         power = 0.0
         while clock.may_step(end):
@@ -265,10 +267,10 @@ class _Search:
                 optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * done))
                 if surrogate != "ste":
                     quantize.temperature = warm * (cold / warm) ** done
-                    if (clock.steps - count) % _JUDGE_EVERY == _JUDGE_EVERY - 1:
-                        self.offer(y, self.judge(y).loss)
+                if not real and (clock.steps - count) % _JUDGE_EVERY == _JUDGE_EVERY - 1:
+                    self.offer(y, self.judge(y).loss)
                 loss, gradient = self._descent(y, quantize)
-                if surrogate == "ste":  # what it rounds to is what is coded: this is the real cost
+                if real:
                     self.offer(y, loss)
                 y.grad = gradient.nan_to_num_(0, 0, 0)
                 if surrogate == "ste":

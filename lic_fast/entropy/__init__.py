@@ -16,6 +16,7 @@ _SUBMODULES = {
     "PROFILES": "msp",
     "Profile": "msp",
     "Schedule": "_schedule",
+    "is_portable": "_msp_stream",
     "solve_quantiles": "entropy_bottleneck",
 }
 __all__ = [*_SUBMODULES]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +14,23 @@ _SLOPE = 0.01
 _FIRST_SCALE = (
     1.0  # what an untrained head says: gradients pass at once, which at the bound of 0.11 they do one way only
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """The sizes of a model: grids, channel groups, width of the networks, residual blocks of a trunk."""
+
+    scales: int
+    groups: int
+    width: int
+    depth: int
+
+
+PROFILES = {
+    "fast": Profile(scales=3, groups=1, width=96, depth=1),
+    "base": Profile(scales=3, groups=2, width=128, depth=2),
+    "max": Profile(scales=3, groups=4, width=192, depth=3),
+}
 
 
 class _Residual(nn.Module):

@@ -10,23 +10,19 @@ from __future__ import annotations
 
 import zlib
 
-import torch
 from torch import Tensor
 
-from ..coding import BitstreamError, Decoder, Encoder, Tables, scale_indexes
+from ..coding import BitstreamError, Decoder, Encoder, Tables
 
 _VERSION = 1
-_PORTABLE = 1  # flag: made by integer networks, decodes anywhere; not written yet
+_PORTABLE = 1  # flag: made by integer networks, decodes anywhere
 _HEAD, _CRC = 2, 4
-_MISMATCH = (
-    "decompress: the parameters of {} are not those of the encoder: other weights, or another machine, torch or number "
-    "of threads, which round otherwise; decode where it was encoded"
-)
-
-
-def gaussian_levels(scales: Tensor, tables: Tables) -> Tensor:
-    """The levels of fp32 scales, uint8 on the CPU: a ladder has 244, and the tables of MSP begin with it."""
-    return scale_indexes(scales, first=tables.ladder).to("cpu", torch.uint8)
+_MISMATCH = "decompress: the parameters of {} are not those of the encoder: "
+_WHY = {
+    False: "other weights, or another machine, torch or number of threads, which round otherwise; decode where it was "
+    "encoded",
+    True: "other weights; decode with those that encoded",
+}
 
 
 class _Check:
@@ -49,8 +45,8 @@ class _Check:
 class Writer:
     """Collects the steps of a sample."""
 
-    def __init__(self, tables: Tables) -> None:
-        self._encoder, self._check = Encoder(tables), _Check()
+    def __init__(self, tables: Tables, *, portable: bool = False) -> None:
+        self._encoder, self._check, self._flags = Encoder(tables), _Check(), _PORTABLE if portable else 0
 
     def step(self, scale: int, symbols: Tensor, levels: Tensor) -> None:
         """Appends int32 symbols with their levels, both on the CPU and of one shape; scale -1: without parameters."""
@@ -60,16 +56,17 @@ class Writer:
 
     def finish(self) -> bytes:
         """The bytes of all steps."""
-        return bytes([_VERSION, 0]) + self._check.value() + self._encoder.flush()
+        return bytes([_VERSION, self._flags]) + self._check.value() + self._encoder.flush()
 
 
 class Reader:
     """Reads what a Writer wrote. Raises BitstreamError, naming what is wrong.
 
-    counts: for each step that has elements its scale and how many; the first is that of scale -1.
+    counts: for each step that has elements its scale and how many; the first is that of scale -1. integers: whether
+    the decoder has integer networks. `portable` says whether the stream asks for them.
     """
 
-    def __init__(self, data: bytes, tables: Tables, counts: list[tuple[int, int]]) -> None:
+    def __init__(self, data: bytes, tables: Tables, counts: list[tuple[int, int]], integers: bool) -> None:
         if not isinstance(data, (bytes, bytearray, memoryview)):
             raise TypeError(f"decompress: a stream must be bytes, got {type(data).__name__}")
         data, elements = bytes(data), sum(count for _, count in counts)
@@ -79,9 +76,17 @@ class Reader:
             raise BitstreamError(f"decompress: a stream has more than {begin} bytes, got {len(data)}; it is truncated")
         if data[0] != _VERSION:
             raise BitstreamError(f"decompress: stream version {data[0]}, this build reads {_VERSION}; update lic_fast")
-        if data[1]:
-            what = "the portable profile" if data[1] == _PORTABLE else f"unknown flags {data[1]:#04x}"
-            raise BitstreamError(f"decompress: the stream has {what}, which this build does not read; update lic_fast")
+        if data[1] & ~_PORTABLE:
+            raise BitstreamError(
+                f"decompress: the stream has unknown flags {data[1]:#04x}, which this build does not read; update "
+                "lic_fast"
+            )
+        self.portable = data[1] == _PORTABLE
+        if self.portable and not integers:
+            raise BitstreamError(
+                "decompress: the stream has the portable profile, and this model no integer networks; load the state "
+                "dict of the model that encoded"
+            )
         self._expected, self._check = data[_HEAD:begin], _Check()
         self._decoder = Decoder(data[begin:], tables)
         if (self._decoder.steps, self._decoder.elements) != (len(counts), elements):
@@ -90,19 +95,22 @@ class Reader:
                 f"latent of this shape has {elements} in {len(counts)}; pass the shape that was encoded"
             )
 
+    def _mismatch(self, which: str) -> BitstreamError:
+        return BitstreamError(_MISMATCH.format(which) + _WHY[self.portable])
+
     def step(self, scale: int, levels: Tensor) -> Tensor:
         """The symbols of the next step, int32 of the shape of its levels."""
         if scale >= 0:
             self._check.add(scale, levels)
             if not self._expected.startswith(self._check.marks):
-                raise BitstreamError(_MISMATCH.format(f"grid {scale + 1}"))
+                raise self._mismatch(f"grid {scale + 1}")
         try:
             return self._decoder.decode(levels)
         except BitstreamError as error:  # its own CRC was right, so that it was decoded with other levels
-            raise BitstreamError(_MISMATCH.format(f"grid {scale}")) from error
+            raise self._mismatch(f"grid {scale}") from error
 
     def finish(self) -> None:
         """Checks the parameters of all steps, and that nothing is left over."""
         if self._check.value() != self._expected:
-            raise BitstreamError(_MISMATCH.format("the finest grids"))
+            raise self._mismatch("the finest grids")
         self._decoder.finish()

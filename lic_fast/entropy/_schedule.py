@@ -28,6 +28,11 @@ class Step:
     offset: tuple[int, int]
     stride: int
 
+    @property
+    def place(self) -> dict[str, int]:
+        """Where functional.schedule_quantize_ and its like find the step's elements."""
+        return {"first": self.first, "row": self.offset[0], "column": self.offset[1], "stride": self.stride}
+
     def of(self, y: Tensor) -> Tensor:
         """The step's elements of y [B, C, H, W]: a view [B, last - first, h, w], h or w 0 where it has none."""
         i, j = self.offset

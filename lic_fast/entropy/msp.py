@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..coding import Tables, constant_tables, factorized_tables, join_tables
+from ..coding import Tables, constant_tables, join_tables
 from ..functional import factorized_rate, gaussian_rate, mixture_rate, pack_factorized
-from ._msp_network import GridNetwork
-from ._msp_stream import Reader, Writer, gaussian_levels
+from ._msp_coding import Visit, decoding, encoding, rounded
+from ._msp_integer import integer_networks, quantise_networks, watched
+from ._msp_network import PROFILES, GridNetwork, Profile
+from ._msp_stream import Reader, Writer
+from ._msp_tables import coarsest_tables
 from ._schedule import Schedule, Step
 from ._threads import number_of_threads
 from .entropy_bottleneck import EntropyBottleneck
@@ -22,27 +23,6 @@ from .entropy_bottleneck import EntropyBottleneck
 __all__ = ["PROFILES", "MSPEntropyModel", "Profile"]
 
 _SCALE_BOUND = 0.11
-_MOST_SYMBOL = 1 << 30
-_WORTH = 2.0**-18  # rarer symbols are cheaper as escapes than as an entry of a table of 2**14
-_WIDEST = 2047  # the coarsest grid's tables reach so far; what lies beyond is an escape
-_Visit = Callable[[Step, "Tensor | None"], Tensor]
-
-
-@dataclasses.dataclass(frozen=True)
-class Profile:
-    """The sizes of a model: grids, channel groups, width of the networks, residual blocks of a trunk."""
-
-    scales: int
-    groups: int
-    width: int
-    depth: int
-
-
-PROFILES = {
-    "fast": Profile(scales=3, groups=1, width=96, depth=1),
-    "base": Profile(scales=3, groups=2, width=128, depth=2),
-    "max": Profile(scales=3, groups=4, width=192, depth=3),
-}
 
 
 class MSPEntropyModel(nn.Module):
@@ -55,8 +35,12 @@ class MSPEntropyModel(nn.Module):
     The coarsest grid has a learned density a channel. Every other step has scales and means from a network that sees
     the values of all steps before, and no other. Training, encoding and decoding are one traversal of one Schedule,
     with the same calls on tensors of the same shapes: on one machine and number of threads their parameters are equal
-    to the bit. Convolutions are not exact arithmetic: another machine may round otherwise. Streams say so
-    (exact=False), and carry a check of every step's levels: a decoder that computes others raises BitstreamError.
+    to the bit. Convolutions are not exact arithmetic: another machine may round otherwise. make_portable() quantises
+    the networks to integers, whose streams decode on any machine, device, thread count and torch. Streams say which
+    they are, and carry a check of every step's levels: a decoder that computes others raises BitstreamError.
+
+    exact: whether forward() in eval mode, step_parameters() and compress() use the integer networks: True once there
+    are any (of make_portable() or a state dict), False for the float ones. decompress() does as the stream says.
 
     threads: with how many the networks run on the CPU in compress(), decompress(), step_parameters() and forward() in
     eval mode. The default, 1, makes streams independent of torch.set_num_threads(), by which convolutions round
@@ -85,20 +69,23 @@ class MSPEntropyModel(nn.Module):
             GridNetwork(self.schedule, scale, sizes.width, sizes.depth, mixture)
             for scale in reversed(range(sizes.scales))
         )
+        self.register_module("integers", None)  # the portable networks, by make_portable() or from a state dict
         self.register_buffer("tables", torch.empty(0, dtype=torch.uint8))
         self._joined: tuple[bytes, Tables] | None = None
 
     # Traversal
 
-    def _traverse(self, y: Tensor, visit: _Visit) -> None:
+    def _traverse(self, y: Tensor, visit: Visit, grids: Sequence[Any] | None = None) -> None:
         """Visits every step that has elements, in order, with its parameters (None for the coarsest grid).
 
-        visit returns the step's values [B, c, h, w], contiguous; grids are read from y, where they are by then.
+        visit returns the step's values [B, c, h, w], contiguous; grids are read from y, where they are by then. Through
+        the float networks, or `grids`.
         """
+        grids = self.grids if grids is None else grids
         coarsest = self.schedule.steps[0]
         visit(coarsest, None)
         state = None
-        for network, scale in zip(self.grids, reversed(range(self.profile.scales)), strict=True):
+        for network, scale in zip(grids, reversed(range(self.profile.scales)), strict=True):
             # a copy even where it is all of y: where there are gradients, steps write into y what these go through
             coarse = y[:, :, :: 2 << scale, :: 2 << scale].clone(memory_format=torch.contiguous_format)
             state = network.open(coarse, state)
@@ -108,8 +95,10 @@ class MSPEntropyModel(nn.Module):
                     parameters = network.heads[number](state)[:, :, :h, :w]
                     state = network.add(state, number, visit(step, parameters))
 
-    def _given(self, y_hat: Tensor, visit: Callable[[Step, Tensor | None], None]) -> None:
-        """_traverse where all values are known."""
+    def _given(
+        self, y_hat: Tensor, visit: Callable[[Step, Tensor | None], None], grids: Sequence[Any] | None = None
+    ) -> None:
+        """_traverse where all values are known; through the float networks, or `grids`."""
         parts = self.schedule.pack(y_hat).split(self.schedule.counts(*y_hat.shape[2:]), 1)
 
         def known(step: Step, parameters: Tensor | None) -> Tensor:
@@ -117,10 +106,15 @@ class MSPEntropyModel(nn.Module):
             h, w = step.sides(*y_hat.shape[2:])
             return parts[step.index].reshape(len(y_hat), -1, h, w)
 
-        self._traverse(y_hat, known)
+        self._traverse(y_hat, known, grids)
 
-    def _grown(self, y_hat: Tensor, code: Callable[[Step, Tensor, Tensor | None], Tensor]) -> None:
-        """_traverse where code(step, means, parameters) gives the rounded differences from the means; fills y_hat."""
+    def _grown(
+        self, y_hat: Tensor, code: Callable[[Step, Tensor, Tensor | None], Tensor], grids: Sequence[Any] | None = None
+    ) -> None:
+        """_traverse where code(step, means, parameters) gives the rounded differences from the means; fills y_hat.
+
+        Through the networks that `exact` says, or `grids`.
+        """
 
         def grow(step: Step, parameters: Tensor | None) -> Tensor:
             place = step.of(y_hat)
@@ -134,11 +128,16 @@ class MSPEntropyModel(nn.Module):
             place.copy_(values)
             return values
 
-        with self._own_threads(y_hat):
-            self._traverse(y_hat, grow)
+        grids = self._coding_grids() if grids is None else grids
+        with self._own_threads(y_hat, grids):
+            self._traverse(y_hat, grow, grids)
 
-    def _own_threads(self, y: Tensor) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self.threads is None or not y.is_cpu else number_of_threads(self.threads)
+    def _coding_grids(self) -> nn.ModuleList:
+        return self.integers if self.exact and self.integers is not None else self.grids
+
+    def _own_threads(self, y: Tensor, grids: Sequence[Any] | None = None) -> contextlib.AbstractContextManager[None]:
+        free = self.threads is None or not y.is_cpu or (grids is not None and grids is self.integers)
+        return contextlib.nullcontext() if free else number_of_threads(self.threads)
 
     def _medians(self) -> Tensor:
         return self.bottleneck.quantiles[:, 0, 1].detach()
@@ -152,8 +151,9 @@ class MSPEntropyModel(nn.Module):
         Raises ValueError for the shape.
         """
         found: list[tuple[Step, Tensor]] = []
-        with self._own_threads(y_hat):
-            self._given(y_hat, lambda step, p: None if p is None else found.append((step, p)))
+        grids = self._coding_grids()
+        with self._own_threads(y_hat, grids):
+            self._given(y_hat, lambda step, p: None if p is None else found.append((step, p)), grids)
         return found
 
     # Likelihoods
@@ -169,7 +169,8 @@ class MSPEntropyModel(nn.Module):
 
         quantize, for encoders that search for y (not in training): takes the place of rounding, [B, c, h, w] a step
         of differences from the means to the same, in the order of the schedule. What it gives makes the contexts too,
-        and there are derivatives in y through all of it. Rounding in it gives what no quantize gives, to the bit.
+        and there are derivatives in y through all of it. Rounding in it gives what no quantize gives with exact=False,
+        to the bit: derivatives need the float networks.
         Raises ValueError for the shape.
         """
         if training is None:
@@ -187,12 +188,12 @@ class MSPEntropyModel(nn.Module):
         else:
             values = torch.empty_like(y, memory_format=torch.contiguous_format)
 
-            def rounded(step: Step, means: Tensor, parameters: Tensor | None) -> Tensor:
+            def quantised(step: Step, means: Tensor, parameters: Tensor | None) -> Tensor:
                 keep(parameters)
-                return _rounded(step.of(y), means) if quantize is None else quantize(step.of(y) - means)
+                return rounded(step.of(y), means) if quantize is None else quantize(step.of(y) - means)
 
             with torch.set_grad_enabled(quantize is not None and torch.is_grad_enabled()):
-                self._grown(values, rounded)
+                self._grown(values, quantised, None if quantize is None else self.grids)
         parameters = torch.cat([y.new_empty((len(y), self._kinds, 0)), *packed], 2)
         likelihoods = self.schedule.unpack(self._likelihoods(values, parameters), *y.shape[2:])
         return self._straight_through(y, parameters) if training else values, likelihoods
@@ -252,6 +253,28 @@ class MSPEntropyModel(nn.Module):
     # Coding
 
     @torch.no_grad()
+    def make_portable(self, latents: Tensor | Iterable[Tensor]) -> None:
+        """Makes integer networks of the trained ones; streams are portable from then on (`exact`).
+
+        latents [B, C, H, W], or several such: what the analysis transform makes of a few photographs; the ranges
+        of the integers are what these reach. The integer networks belong to the state dict. They follow no training:
+        call this again after it, or load a state dict without them.
+
+        Raises ValueError for mixtures, weights that are not finite or do not suit the latents, no latents, their shapes
+        and values; TypeError for dtypes.
+        """
+        f = "make_portable"
+        self._single(f)
+        with watched(self.grids) as grids:
+            for y in [latents] if isinstance(latents, Tensor) else latents:
+                y = self._finite(f, y)
+                with torch.autocast(y.device.type, enabled=False):
+                    self._grown(torch.empty_like(y), lambda s, means, _, y=y: rounded(s.of(y), means), grids)
+        made = self._new_integers()
+        quantise_networks(made, grids)
+        self.integers, self.exact = made, True
+
+    @torch.no_grad()
     def update(self, force: bool = False) -> bool:
         """Makes the coding tables of the coarsest grid from its density, where there are none or by force.
 
@@ -260,17 +283,7 @@ class MSPEntropyModel(nn.Module):
         """
         if self.tables.numel() and not force:
             return False
-        twin = copy.deepcopy(self.bottleneck).cpu().double()
-        medians = twin.quantiles[:, 0, 1].clone()
-        twin.solve_quantiles()
-        low, high = ((twin.quantiles[:, 0, side] - medians).clamp(-_WIDEST, _WIDEST) for side in (0, 2))
-        first, last = low.floor().long(), high.ceil().long()
-        symbols = first[None] + torch.arange(int((last - first).max()) + 1)[:, None]
-        weights = pack_factorized(list(twin.matrices), list(twin.biases), list(twin.factors))
-        options = {"filters": twin.filters, "output": "likelihood"}
-        _, probabilities = factorized_rate(symbols + medians[None], weights, **options)
-        probabilities[probabilities < _WORTH] = 0
-        made = factorized_tables(probabilities.t().contiguous(), first)
+        made = coarsest_tables(self.bottleneck)
         self.tables = torch.frombuffer(bytearray(made.serialized), dtype=torch.uint8).to(self.tables.device)
         return True
 
@@ -286,22 +299,26 @@ class MSPEntropyModel(nn.Module):
             self._joined = (data, join_tables(constant_tables("gaussian"), Tables(data)))
         return self._joined[1]
 
-    def _codable(self, function: str) -> Tables:
+    def _single(self, function: str) -> None:
         if self.mixture != 1:
             raise ValueError(f"MSPEntropyModel.{function}: mixtures of {self.mixture} are not coded yet; use mixture=1")
+
+    def _finite(self, function: str, y: object) -> Tensor:
+        y = self._checked(function, y).float()
+        if not bool(y.isfinite().all()):
+            raise ValueError(
+                f"MSPEntropyModel.{function}: y must be finite, got NaN or Inf; look for where they came from"
+            )
+        return y
+
+    def _codable(self, function: str) -> Tables:
+        self._single(function)
         if self.bottleneck.quantiles.dtype is not torch.float32:
             raise TypeError(
                 f"MSPEntropyModel.{function}: needs fp32 parameters, got {self.bottleneck.quantiles.dtype}; "
                 "convert the model with .float()"
             )
         return self.coding_tables()
-
-    def _levels(self, tables: Tables, step: Step, sides: Sequence[int], parameters: Tensor | None) -> Tensor:
-        """The levels [c, h, w] of a step of one sample, on the CPU."""
-        if parameters is not None:
-            return gaussian_levels(parameters[0, : step.last - step.first].float(), tables)
-        own = torch.arange(len(tables) - self.schedule.channels, len(tables), dtype=torch.int32)
-        return own.view(-1, 1, 1).expand(-1, *sides)
 
     @torch.no_grad()
     def compress(self, y: Tensor) -> list[bytes]:
@@ -310,25 +327,15 @@ class MSPEntropyModel(nn.Module):
         Raises ValueError for shapes, for values that are not finite, for mixtures, and where update() was not called;
         TypeError for dtypes.
         """
-        y = self._checked("compress", y).float()
-        tables = self._codable("compress")
-        if not bool(y.isfinite().all()):
-            raise ValueError(
-                "MSPEntropyModel.compress: y must be finite, got NaN or Inf; look for where they came from"
-            )
+        y, tables = self._finite("compress", y), self._codable("compress")
         return [self._compress_one(sample[None], tables) for sample in y]
 
     def _compress_one(self, y: Tensor, tables: Tables) -> bytes:
-        writer = Writer(tables)
-
-        def code(step: Step, means: Tensor, parameters: Tensor | None) -> Tensor:
-            symbols = _rounded(step.of(y), means)
-            levels = self._levels(tables, step, symbols.shape[2:], parameters)
-            writer.step(step.scale, symbols[0].to("cpu", torch.int32), levels)
-            return symbols
-
-        with torch.autocast(y.device.type, enabled=False):
-            self._grown(torch.empty_like(y, memory_format=torch.contiguous_format), code)
+        grids = self._coding_grids()
+        writer = Writer(tables, portable=grids is self.integers)
+        y = y.contiguous()
+        y_hat = torch.empty_like(y)
+        self._coded(y_hat, encoding(writer, y, y_hat, self._medians(), tables), grids)
         return writer.finish()
 
     @torch.no_grad()
@@ -344,7 +351,8 @@ class MSPEntropyModel(nn.Module):
         tables = self._codable("decompress")
         sizes = zip(self.schedule.steps, self.schedule.counts(height, width), strict=True)
         counts = [(step.scale, count) for step, count in sizes if count]
-        readers = [Reader(stream, tables, counts) for stream in strings]  # before anything is allocated for it
+        portable = self.integers is not None
+        readers = [Reader(stream, tables, counts, portable) for stream in strings]  # before anything is allocated
         device, size = self.bottleneck.quantiles.device, (1, self.schedule.channels, height, width)
         samples = [torch.empty(0, *size[1:], device=device)]
         for reader in readers:
@@ -353,25 +361,25 @@ class MSPEntropyModel(nn.Module):
         return torch.cat(samples)
 
     def _decompress_one(self, reader: Reader, y_hat: Tensor, tables: Tables) -> None:
-        def code(step: Step, means: Tensor, parameters: Tensor | None) -> Tensor:
-            levels = self._levels(tables, step, means.shape[2:], parameters)
-            symbols = reader.step(step.scale, levels)
-            return symbols[None].to(y_hat.device, torch.float32)
-
-        with torch.autocast(y_hat.device.type, enabled=False):
-            self._grown(y_hat, code)
+        grids = self.integers if reader.portable else self.grids
+        self._coded(y_hat, decoding(reader, y_hat, self._medians(), tables), grids)
         reader.finish()
+
+    def _coded(self, y_hat: Tensor, visit: Visit, grids: nn.ModuleList) -> None:
+        with torch.autocast(y_hat.device.type, enabled=False), self._own_threads(y_hat, grids):
+            self._traverse(y_hat, visit, grids)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         new = state_dict.get(prefix + "tables")
         if isinstance(new, Tensor) and new.shape != self.tables.shape:
             self.tables = self.tables.new_empty(new.shape)
+        self.exact = any(key.startswith(prefix + "integers.") for key in state_dict)
+        self.register_module("integers", self._new_integers() if self.exact else None)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-
-def _rounded(values: Tensor, means: Tensor) -> Tensor:
-    """The symbols of values, as floats: the one rule of forward() and compress()."""
-    return (values - means).round().clamp_(-_MOST_SYMBOL, _MOST_SYMBOL)
+    def _new_integers(self) -> nn.ModuleList:
+        made = integer_networks(self.schedule, self.profile.width, self.profile.depth)
+        return made.to(self.bottleneck.quantiles.device)
 
 
 def _kind(value: object) -> str:

@@ -3,6 +3,7 @@
 from .coding import ans_decode_, ans_encode, ans_pack
 from .context import context_conv, context_conv_pack
 from .embedding import FlatLayout, in_memory_order, stdet_adam_step_, stdet_mask_, stdet_reconstruct_
+from .integer import integer_conv2d, integer_conv2d_pack
 from .layers import gdn
 from .likelihood import (
     factorized_rate,
@@ -35,6 +36,8 @@ __all__ = [
     "gaussian_rate",
     "gdn",
     "in_memory_order",
+    "integer_conv2d",
+    "integer_conv2d_pack",
     "laplace_rate",
     "logistic_rate",
     "mixture_parameters",

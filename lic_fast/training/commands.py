@@ -269,7 +269,7 @@ def add_compress_parser(subparsers: Any) -> None:
         "--lmbda", type=float, help="with --lof: weight of the distortion (default: that of the checkpoint's training)"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    _add_device(parser, "cpu", ("auto", "cpu", "cuda"), "; a file decodes on the kind of device that made it")
+    _add_device(parser, "cpu", ("auto", "cpu", "cuda"), "; a file decodes where it was made, one of msp anywhere")
     _add_no_sma(parser)
     parser.set_defaults(run=run_compress)
 

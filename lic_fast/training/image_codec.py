@@ -24,6 +24,7 @@ from lic_fast.training.data import to_tensor
 from lic_fast.training.errors import TrainingError, optional_import
 from lic_fast.training.loss import RateDistortionLoss
 from lic_fast.training.models import build_model, load_weights, resolve_channels, resolve_device
+from lic_fast.training.portable import without_integers
 
 _MAX_LATENT_CHANNELS = 1 << 14
 _VERIFY_DB = 1.0
@@ -78,7 +79,9 @@ class ImageCodec:
             raise TrainingError(f"{command}: {checkpoint} holds no slow weights; it was trained without --sma")
         channels = resolve_channels(self.config.model, self.config.channels, self.config.lmbda)
         self.model = build_model(self.config.model, channels)
-        load_weights(self.model, saved["model"] | (saved["slow"] if self.slow else {}))
+        others = saved["slow"] is not None and not self.slow  # the integer networks are those of the slow weights
+        weights = without_integers(saved["model"]) if others else saved["model"]
+        load_weights(self.model, weights | (saved["slow"] if self.slow else {}))
         # The same bytes and pixels, sooner. GDN's sums round otherwise in each backend: a stream's pixels must not.
         accelerate(self.model, only=[kind for kind in KINDS if kind != "gdn"], verbose=False)
         self.device = resolve_device(device, command)
@@ -100,7 +103,7 @@ class ImageCodec:
                 f"{self.command}: the weights in {checkpoint} are not finite; use an earlier checkpoint"
             )
         try:
-            self.model.eval().update(force=True)
+            self.model.eval().update(force=not getattr(self.model, "portable", False))
         except (ValueError, RuntimeError) as error:
             raise TrainingError(
                 f"{self.command}: no coding tables from {checkpoint} ({_first_line(error)}); train longer"
@@ -142,7 +145,7 @@ class ImageCodec:
             ) from error
         stream = Stream(
             self.config.model, self.digest, height, width, _plain(coded["shape"]), coded["strings"],
-            cuda=self.device.type == "cuda", slow=self.slow,
+            cuda=self.device.type == "cuda" and not self._decodes_anywhere(coded["strings"]), slow=self.slow,
         )  # fmt: skip
         return pack(stream)
 
@@ -178,11 +181,19 @@ class ImageCodec:
             )
         pixels = _to_pixels(x_hat)
         if stream.check is not None and zlib.crc32(pixels.tobytes()) != stream.check:
-            raise BitstreamError(
-                "decode: the pixels are not those the encoder saw, so this machine computes other values; "
-                "decode on the kind of machine, with the torch version, that encoded"
-            )
+            if not self._decodes_anywhere(stream.strings):
+                raise BitstreamError(
+                    "decode: the pixels are not those the encoder saw, so this machine computes other values; "
+                    "decode on the kind of machine, with the torch version, that encoded"
+                )
+            _logger.warning(
+                "%s: the latents are the encoder's, but the synthesis rounds otherwise here: pixels may differ by 1 "
+                "or so from those it saw", self.command,
+            )  # fmt: skip
         return pixels
+
+    def _decodes_anywhere(self, strings: Any) -> bool:
+        return getattr(self.model, "decodes_anywhere", lambda _: False)(strings)
 
     def _must_match(self, stream: Stream) -> None:
         if stream.model != self.config.model:
@@ -196,7 +207,7 @@ class ImageCodec:
                 f"{self.digest.hex()[:12]}; give the checkpoint that made it"
             )
         here = self.device.type == "cuda"
-        if stream.cuda != here:
+        if stream.cuda != here and not self._decodes_anywhere(stream.strings):
             made = "cuda" if stream.cuda else "cpu"
             raise BitstreamError(
                 f"decode: the stream was made on {made}, got {self.device.type}, which rounds otherwise; "

@@ -33,6 +33,7 @@ from lic_fast.training.models import (
 )
 from lic_fast.training.optimizers import build_optimizer, insisted_backend, slow_weights, unwrapped
 from lic_fast.training.plots import plot_diagnostics, plot_training
+from lic_fast.training.portable import make_portable, without_integers
 from lic_fast.training.report import CHECKPOINT, CONFIG, LOG, PLOT, TrainResult, sum_up, versions
 from lic_fast.training.stepping import Stepping
 
@@ -165,7 +166,7 @@ class Trainer:
                 if self.progress.skipped_in_a_row >= self.config.max_nonfinite:
                     self._give_up()
                 self._after_step()
-        if self._saved_step != self.progress.step:
+        if self._make_portable() or self._saved_step != self.progress.step:
             self._save()
         self._plot()
         seconds = time.perf_counter() - started
@@ -292,6 +293,10 @@ class Trainer:
         self.model.train()
         return total / len(self.held_out) if math.isfinite(total) else math.inf
 
+    def _make_portable(self) -> bool:
+        crops = central_crops(self.held_out or self.photos, self.config.crop, self.config.batch_size)
+        return make_portable(self.model, map(self._to_device, crops), self._slow_weights)
+
     def _slow_weights(self):
         return self.optimizer.swap() if self.config.sma else contextlib.nullcontext()
 
@@ -348,7 +353,7 @@ class Trainer:
                 f"train: cannot resume with another data: the run has {saved['data']['images']} photographs, "
                 f"got {len(self.photos)} or others by name; give the same --data and --val, or a new --output"
             )
-        load_weights(self.model, saved["model"])
+        load_weights(self.model, without_integers(saved["model"]))
         self.stepping.load_state_dict(saved["optimizer"], saved.get("stdet"))
         self.aux_optimizer.load_state_dict(saved["aux_optimizer"])
         self.scheduler.load_state_dict(saved["scheduler"])

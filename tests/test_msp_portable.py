@@ -1,0 +1,275 @@
+"""Portable streams of MSPEntropyModel: integer networks, which decode anywhere."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import os
+import pickle
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("compressai")
+
+from portable_model import CHANNELS, SIZES, golden_latent, golden_model
+
+from lic_fast import explain, use_backend
+from lic_fast.coding import BitstreamError
+from lic_fast.entropy import MSPEntropyModel, Profile, is_portable
+
+SHAPES = [(1, 1), (1, 2), (2, 1), (1, 9), (3, 3), (7, 5), (8, 8), (9, 16), (33, 2)]
+# shape -> the stream of golden_latent(*shape) as the first version wrote it, CRC-32 of the decoded fp32 latent
+GOLDEN: dict[tuple[int, int], tuple[str, int]] = {
+    (1, 1): (
+        "01014c4652010010e06e552bdbb022b2010105000001020be03aba0788137895dbab",
+        0xAFB7B861,
+    ),
+    (4, 6): (
+        "01018dd8244b604c4652010010e06e552bdbb022b2010d78764333020f06b3d87b360175ebff7f78c1d1c1917d01007ac0ff"
+        "bf0c40f1bfffffffffffffffffff7fffbfff7f98bfc205ff7fffff00ffffbfff7f0000f97eff3fc77fe9bf9ea6a6bfff7fff"
+        "ffffffff3fff3fff3fff3fffff2d4dd6d0ff17ffffffffffbffc7f0500ff3fff3fa09be5c4c099ff7f8782afbfff33ffffff"
+        "ffff3fff3fff7f7987ffff3a0034c0fd7f8813f9fffeff0400ffff0d000a000600110008000700fbfffefffbff0600feff07"
+        "00f7fff5fff3fff3ff0c000700fcfff4fffdfff3ffebfffdff030006000a00fdffffff0100030008000700fcff0800040007"
+        "00f9ff0300fffff3fffffffaff0800f3ff070012d56431",
+        0x82805AC5,
+    ),
+    (7, 5): (
+        "0101dc995778f34c4652010010e06e552bdbb022b2010daf01ac016350020229390200e80709281f16b06fce43df47ae60ff"
+        "bfff3fffff19fdffffce4dff3fb707ffff3dcfffffe2bf4ec0ffffffbf35b6fabf00c0ffffa85fffffffffffffff7fffffff"
+        "7fff7fff3fff7fffffff3fffffa6ff92ddff7f0400ffffff7fff7fffbfda29f53fffffffffffffffffffffffffffffff3f0d"
+        "ffff7fc5399347da8993804bf9ff3f0050ffffffbfff3fff7f887ba8045f02ffbf64b88214ca3affffff3f21b3fdff667cff"
+        "ffffffffffffffffffff3fffffff3fffff7000ffbf00800040ffffc81e0ab47a2a88130b00f5fff8ff0500faff0500fbff06"
+        "0002000400f9fffaffffff050001000600fcff0400fbff0500fdff14001000110009000e000f00f5fff9fffffff9fff6fff3"
+        "fff8fff9fff8ff0c0008000a00fbfff4fff1ffe5fffaffe8fff4fffbff05000b00f8ff04000b00f9ff05000100fdff090004"
+        "000c000600fafffcff04000b00fcfff6ff01000500f8ff0800fffff1ff0100f8ff0500eeff07001000fbff8f1f4263",
+        0x61F9BD6D,
+    ),
+}
+
+
+def made(seed: int = 0, channels: int = CHANNELS, profile: str | Profile = SIZES) -> MSPEntropyModel:
+    """A model whose parameters are all over the place, made portable on latents like those of the tests."""
+    torch.manual_seed(seed)
+    model = MSPEntropyModel(channels, profile)
+    with torch.no_grad():
+        for head in (head for grid in model.grids for head in grid.heads):
+            head.parameters_of.weight.mul_(6)
+        model.bottleneck.quantiles[:, 0, 1] += torch.randn(channels)
+    model.update()
+    model.eval().make_portable([torch.randn(2, channels, 16, 24) * 4, torch.randn(1, channels, 5, 5)])
+    return model
+
+
+@pytest.fixture(scope="module")
+def model() -> MSPEntropyModel:
+    return made()
+
+
+@pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def checksum(y_hat: torch.Tensor) -> int:
+    return zlib.crc32(y_hat.contiguous().numpy().tobytes())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_decoding_gives_the_encoders_latent(model, shape, threads) -> None:
+    y = torch.randn(2, CHANNELS, *shape) * 4
+    strings = model.compress(y)
+    assert all(map(is_portable, strings))
+    decoded = model.decompress(strings, shape)
+    with torch.no_grad():
+        batched, likelihoods = model(y)
+        alone = torch.cat([model(sample[None])[0] for sample in y])
+    assert torch.equal(decoded, batched) and torch.equal(decoded, alone)  # float networks depend on the batch
+    assert bool(((decoded - y).abs() <= 0.5 + 1e-5).all()) and bool((likelihoods > 0).all())
+
+
+@pytest.mark.parametrize("profile", ["fast", "base", "max"])
+def test_profiles_and_backends(profile, threads) -> None:
+    model = made(channels=12, profile=profile)
+    y = torch.randn(1, 12, 13, 18) * 4
+    strings = model.compress(y)
+    y_hat = model.decompress(strings, (13, 18))
+    found = model.step_parameters(y_hat)
+    with use_backend("reference"):
+        assert model.compress(y) == strings
+        assert torch.equal(model.decompress(strings, (13, 18)), y_hat)
+        assert all(torch.equal(a, b) for (_, a), (_, b) in zip(found, model.step_parameters(y_hat), strict=True))
+
+
+@torch.no_grad()
+def test_integers_stay_near_the_floats() -> None:
+    """Of a model with latents drawn from itself: parameters agree, and so do the bytes."""
+    model = made(channels=16, profile="base")
+    y = torch.empty(1, 16, 24, 32)
+    model._grown(
+        y, lambda step, means, p: (torch.randn(means.shape) * (3 if p is None else p[:, : means.shape[1]])).round(),
+        model.grids,
+    )  # fmt: skip
+    exact = model.step_parameters(y)
+    portable, _ = model.compress(y), setattr(model, "exact", False)
+    for (step, integer), (_, real) in zip(exact, model.step_parameters(y), strict=True):
+        assert (integer - real).abs().max() <= 0.02 * real.abs().max() + 0.02, step
+        assert (integer != real).any()
+    (plain,) = model.compress(y)
+    assert not is_portable(plain)
+    assert abs(len(portable[0]) - len(plain)) <= 0.005 * len(plain)
+
+
+def test_streams_of_both_kinds_decode_with_one_model(model) -> None:
+    y = torch.randn(1, CHANNELS, 8, 8) * 4
+    model = copy.deepcopy(model)
+    (portable,) = model.compress(y)
+    with torch.no_grad():
+        exact = model(y)[0]
+        model.exact = False
+        (plain,) = model.compress(y)
+        real = model(y)[0]
+    for setting in (True, False):
+        model.exact = setting
+        decoded = model.decompress([portable, plain], (8, 8))
+        assert torch.equal(decoded, torch.cat([exact, real]))
+
+
+def test_state_dicts_carry_the_integers(model) -> None:
+    y = torch.randn(1, CHANNELS, 8, 8) * 4
+    strings = model.compress(y)
+    wanted = model.decompress(strings, (8, 8))
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    loaded = MSPEntropyModel(CHANNELS, SIZES)
+    loaded.load_state_dict(torch.load(io.BytesIO(buffer.getvalue()), weights_only=True))
+    again = made(seed=4)
+    again.compress(y)  # its weights are packed by then
+    again.load_state_dict(model.state_dict())
+    for other in (loaded, again, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), made(0).double().float()):
+        assert other.exact and other.eval().compress(y) == strings
+        assert torch.equal(other.decompress(strings, (8, 8)), wanted)
+    bare = {name: value for name, value in model.state_dict().items() if not name.startswith("integers.")}
+    loaded.load_state_dict(bare)
+    assert not loaded.exact and loaded.integers is None
+    with pytest.raises(BitstreamError, match="portable profile, and this model no integer networks"):
+        loaded.decompress(strings, (8, 8))
+
+
+def test_training_goes_on_with_the_floats(model) -> None:
+    twin, y = copy.deepcopy(model), torch.randn(1, CHANNELS, 8, 8)
+    twin.register_module("integers", None)
+    outputs = []
+    for each in (copy.deepcopy(model).train(), twin.train()):
+        torch.manual_seed(0)
+        y_hat, likelihoods = each(y.clone().requires_grad_())
+        likelihoods.log().sum().backward()
+        outputs.append(
+            [y_hat.detach(), likelihoods.detach(), *(p.grad for p in each.parameters() if p.grad is not None)]
+        )
+    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+
+
+def test_weights_leave_no_sum_beyond_32_bits(model) -> None:
+    from lic_fast.entropy._msp_integer import LIMIT, IntegerConv
+
+    convs = [module for module in model.integers.modules() if isinstance(module, IntegerConv)]
+    assert len(convs) > 50
+    for conv in convs:
+        most = conv.weight.long().abs().flatten(1).sum(1) * LIMIT + conv.bias.long().abs()
+        assert int(most.max()) < 2**31 and bool((most * 4 >= 2**31).any())  # and no bit of them is wasted
+        assert bool(((conv.shift >= 0) & (conv.shift < 31)).all())
+
+
+@pytest.mark.parametrize("value", [1e9, -3e5, 70000.0])
+def test_values_far_from_the_calibration_are_coded(model, value) -> None:
+    y = torch.full((1, CHANNELS, 6, 6), value)
+    y[0, 1, 2, 3] = -value
+    with torch.no_grad():
+        assert torch.equal(model.decompress(model.compress(y), (6, 6)), model(y)[0])
+
+
+def test_damage_and_other_integers_are_refused(model) -> None:
+    (data,) = model.compress(torch.randn(1, CHANNELS, 8, 8) * 4)
+    for at in range(len(data)):
+        for damaged in (data[:at], data[:at] + bytes([data[at] ^ 0x81]) + data[at + 1 :]):
+            with pytest.raises(BitstreamError):
+                model.decompress([damaged], (8, 8))
+    other = copy.deepcopy(model)
+    head = other.integers[0].heads[1].parameters_of
+    head.bias[: len(head.bias) // 2] += 4096 << int(head.shift[0])
+    with pytest.raises(BitstreamError, match="parameters of grid 1 are not those of the encoder: other weights;"):
+        other.decompress([data], (8, 8))
+
+
+def test_what_cannot_be_made_portable_is_named() -> None:
+    model = MSPEntropyModel(CHANNELS, SIZES)
+    y = torch.randn(1, CHANNELS, 8, 8)
+    with pytest.raises(ValueError, match="mixtures of 2"):
+        MSPEntropyModel(CHANNELS, SIZES, mixture=2).make_portable(y)
+    with pytest.raises(ValueError, match=r"make_portable: y must be \[B, 5, H, W\]"):
+        model.make_portable([y, y[:, :4]])
+    with pytest.raises(ValueError, match="make_portable: y must be finite"):
+        model.make_portable(y * math.nan)
+    with pytest.raises(ValueError, match="make_portable: no latents"):
+        model.make_portable([])
+    with pytest.raises(TypeError, match="floating-point"):
+        model.make_portable(y.int())
+    assert model.integers is None and not model.exact
+    with torch.no_grad():
+        model.grids[1].enter.weight[0, 0, 0, 0] = math.nan
+    with pytest.raises(ValueError, match="the weights are not finite"):
+        model.make_portable(y)
+    assert model.integers is None and not model.exact
+
+
+def test_latents_of_zeros_calibrate_too(model) -> None:
+    other = copy.deepcopy(model)
+    other.make_portable(torch.zeros(1, CHANNELS, 8, 8))
+    y = torch.randn(1, CHANNELS, 8, 8) * 4
+    with torch.no_grad():
+        assert torch.equal(other.decompress(other.compress(y), (8, 8)), other(y)[0])
+
+
+@pytest.mark.parametrize("shape", GOLDEN, ids=str)
+def test_golden_streams_decode_forever(shape, threads) -> None:
+    model, (stream, crc) = golden_model(), GOLDEN[shape]
+    assert checksum(model.decompress([bytes.fromhex(stream)], shape)) == crc
+    assert checksum(model.decompress(model.compress(golden_latent(*shape)), shape)) == crc
+    with use_backend("reference"):
+        assert checksum(model.decompress([bytes.fromhex(stream)], shape)) == crc
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_golden_streams_decode_on_a_gpu(backend) -> None:
+    model, big = golden_model().cuda(), made(channels=24, profile="base")
+    for shape, (stream, crc) in GOLDEN.items():
+        with use_backend(backend):
+            assert checksum(model.decompress([bytes.fromhex(stream)], shape).cpu()) == crc
+    y = torch.randn(1, 24, 33, 18) * 4
+    strings = big.compress(y)
+    y_hat = big.decompress(strings, (33, 18))
+    with use_backend(backend):
+        assert big.cuda().compress(y.cuda()) == strings
+        assert torch.equal(big.decompress(strings, (33, 18)).cpu(), y_hat)
+
+
+@pytest.mark.parametrize("simd", ["generic", "avx2", "avx512"])
+def test_golden_streams_decode_with_other_instructions(simd) -> None:
+    if explain("integer_conv2d", "cpu").reasons["cpp"]:
+        pytest.skip("no native library")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "decode_forever", __file__],
+        env={**os.environ, "LIC_FAST_SIMD": simd}, cwd=Path(__file__).parents[1], capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-2000:]
