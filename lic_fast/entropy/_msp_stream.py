@@ -25,6 +25,11 @@ _WHY = {
 }
 
 
+def is_portable(stream: bytes) -> bool:
+    """Whether a stream of MSPEntropyModel says that integer networks made it, so that it decodes anywhere."""
+    return len(stream) > 1 and bool(stream[1] & _PORTABLE)
+
+
 class _Check:
     """The check of the steps so far."""
 
