@@ -345,8 +345,8 @@ def test_wrong_arguments_are_named() -> None:
         model.decompress([], (0, 4))
     with pytest.raises(TypeError, match="must be bytes"):
         model.decompress(["text"], (4, 4))
-    with pytest.raises(ValueError, match="mixtures of 3 are not coded yet"):
-        small(mixture=3).compress(y)
+    with pytest.raises(ValueError, match="mixtures have no integer networks, got 3"):
+        small(mixture=3).make_portable(y)
     with pytest.raises(TypeError, match="fp32 parameters"):
         small().double().compress(y)
 
@@ -355,3 +355,33 @@ def test_no_streams_give_no_samples() -> None:
     model = small()
     assert model.compress(torch.zeros(0, 5, 4, 4)) == []
     assert model.decompress([], (4, 4)).shape == (0, 5, 4, 4)
+
+
+@pytest.mark.parametrize("mixture", [2, 3])
+@pytest.mark.parametrize("sides", [(1, 1), (3, 2), (16, 23)], ids=str)
+def test_mixtures_come_back_at_what_they_promise(mixture: int, sides: tuple[int, int]) -> None:
+    model = small(mixture=mixture)
+    y = 4 * torch.randn(2, 5, *sides, generator=torch.Generator().manual_seed(3))
+    strings = model.compress(y)
+    promised = [model(sample[None], False) for sample in y]
+    assert torch.equal(model.decompress(strings, sides), torch.cat([y_hat for y_hat, _ in promised]))
+    for string, (_, likelihoods) in zip(strings, promised, strict=True):
+        bits = -likelihoods.log2().sum().item()
+        assert len(string) <= 1.003 * bits / 8 + 120  # far tails cost less than they promise: they escape
+
+
+def test_streams_of_mixtures_and_of_one_gaussian_are_told_apart() -> None:
+    one, three, other = small(), small(mixture=3), small(mixture=3)
+    with torch.no_grad():
+        other.grids[0].heads[0].parameters_of.bias += 0.5
+    y = torch.randn(1, 5, 8, 8, generator=torch.Generator().manual_seed(3))
+    with pytest.raises(BitstreamError, match="this model codes by one Gaussian, the stream by mixtures"):
+        one.decompress(three.compress(y), (8, 8))
+    with pytest.raises(BitstreamError, match="this model codes by mixtures, the stream by one Gaussian"):
+        three.decompress(one.compress(y), (8, 8))
+    with pytest.raises(BitstreamError, match="are not those of the encoder"):
+        other.decompress(three.compress(y), (8, 8))
+    data = three.compress(y)[0]
+    for damaged in (data[:9], data[:-1], data[: len(data) // 2], data + b"x"):
+        with pytest.raises(BitstreamError):
+            three.decompress([damaged], (8, 8))

@@ -24,8 +24,8 @@ class MSPCodec(nn.Module):
     """Analysis, MSPEntropyModel without a hyperprior, synthesis.
 
     N, M: channels of the transforms and of the latent. profile: "fast", "base", "max", or a lic_fast.entropy.Profile.
-    transforms: "light" (those of CompressAI's mbt2018) or "elic". mixture: as in MSPEntropyModel; above 1 for training
-    and evaluation only. The layers are CompressAI's, which must be installed.
+    transforms: "light" (those of CompressAI's mbt2018) or "elic". mixture: as in MSPEntropyModel.
+    The layers are CompressAI's, which must be installed.
 
     Without gradients, images of more than `tile` latents a side (default 96, 1536 pixels) go through the transforms a
     tile at a time, with so much about each that the result is the same up to rounding; None never does. A decoder needs

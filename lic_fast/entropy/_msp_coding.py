@@ -7,18 +7,55 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..coding import Tables
+from ..coding import MixtureTables, Tables, mixture_parameters
 from ..functional import schedule_dequantize_, schedule_levels, schedule_quantize_
 from ._msp_stream import Reader, Writer
 from ._schedule import Step
 
-MOST_SYMBOL = 1 << 30
+MOST_SYMBOL, SCALE_BOUND = 1 << 30, 0.11
 Visit = Callable[[Step, "Tensor | None"], Tensor]
 
 
 def rounded(values: Tensor, means: Tensor) -> Tensor:
     """The symbols of values, as floats: the one rule of forward() and compress()."""
     return (values - means).round().clamp_(-MOST_SYMBOL, MOST_SYMBOL)
+
+
+def encoding_mixtures(
+    writer: Writer, y: Tensor, y_hat: Tensor, medians: Tensor, tables: Tables, mixtures: MixtureTables
+) -> Visit:
+    """encoding() for mixtures, which are rounded about 0."""
+    coarsest = encoding(writer, y, y_hat, medians, tables)
+
+    def visit(step: Step, parameters: Tensor | None) -> Tensor:
+        if parameters is None:
+            return coarsest(step, None)
+        values = step.of(y)
+        symbols = rounded(values, torch.zeros_like(values))
+        writer.step(step.scale, symbols[0].to("cpu", torch.int32), _integers(parameters, symbols.shape[1], mixtures))
+        return _placed(step, y_hat, symbols)
+
+    return visit
+
+
+def decoding_mixtures(reader: Reader, y_hat: Tensor, medians: Tensor, tables: Tables, mixtures: MixtureTables) -> Visit:
+    """decoding() for mixtures."""
+    coarsest = decoding(reader, y_hat, medians, tables)
+
+    def visit(step: Step, parameters: Tensor | None) -> Tensor:
+        if parameters is None:
+            return coarsest(step, None)
+        symbols = reader.step(step.scale, _integers(parameters, step.last - step.first, mixtures))
+        return _placed(step, y_hat, symbols[None].to(y_hat.device, torch.float32))
+
+    return visit
+
+
+def _integers(parameters: Tensor, channels: int, mixtures: MixtureTables) -> Tensor:
+    """int32 [2 + 2 K, c, h, w] on the CPU, of a sample's scales, means and logits [1, 3 K c, h, w]."""
+    _, _, *sides = parameters.shape
+    scales, means, logits = parameters[0].float().cpu().reshape(3, -1, channels, *sides)
+    return mixture_parameters(scales.clamp(min=SCALE_BOUND), means, torch.softmax(logits, 0), mixtures)
 
 
 def encoding(writer: Writer, y: Tensor, y_hat: Tensor, medians: Tensor, tables: Tables) -> Visit:

@@ -8,14 +8,17 @@ that such a step of another grid follows, the low byte of the CRC-32 so far, so 
 
 from __future__ import annotations
 
+import struct
 import zlib
 
 from torch import Tensor
 
-from ..coding import BitstreamError, Decoder, Encoder, Tables
+from ..coding import BitstreamError, Decoder, Encoder, MixtureTables, Tables
 
 _VERSION = 1
 _PORTABLE = 1  # flag: made by integer networks, decodes anywhere
+_MIXTURES = 2  # flag: a second container, of mixtures, for all steps but the first
+_LENGTH = struct.Struct("<I")  # of the first container, where there are two
 _HEAD, _CRC = 2, 4
 _MISMATCH = "decompress: the parameters of {} are not those of the encoder: "
 _WHY = {
@@ -37,7 +40,7 @@ class _Check:
         self.marks, self._crc, self._scale = bytearray(), 0, None
 
     def add(self, scale: int, levels: Tensor) -> None:
-        """The levels of a step of grid `scale`, uint8."""
+        """The levels of a step of grid `scale`, uint8, or its mixtures' integers, int32."""
         if self._scale not in (None, scale):
             self.marks.append(self._crc & 255)
         self._scale, self._crc = scale, zlib.crc32(levels.contiguous().numpy(), self._crc)
@@ -48,57 +51,77 @@ class _Check:
 
 
 class Writer:
-    """Collects the steps of a sample."""
+    """Collects the steps of a sample; those of finer grids by `mixtures`, where they are mixtures."""
 
-    def __init__(self, tables: Tables, *, portable: bool = False) -> None:
-        self._encoder, self._check, self._flags = Encoder(tables), _Check(), _PORTABLE if portable else 0
+    def __init__(self, tables: Tables, mixtures: MixtureTables | None = None, *, portable: bool = False) -> None:
+        self._coarsest = Encoder(tables)
+        self._finer = self._coarsest if mixtures is None else Encoder(mixtures)
+        self._check, self._flags = _Check(), _PORTABLE * portable | _MIXTURES * (mixtures is not None)
 
     def step(self, scale: int, symbols: Tensor, levels: Tensor) -> None:
-        """Appends int32 symbols with their levels, both on the CPU and of one shape; scale -1: without parameters."""
+        """Appends int32 symbols with their levels or integers, on the CPU; scale -1: without parameters."""
         if scale >= 0:
             self._check.add(scale, levels)
-        self._encoder.encode(symbols, levels)
+        (self._finer if scale >= 0 else self._coarsest).encode(symbols, levels)
 
     def finish(self) -> bytes:
         """The bytes of all steps."""
-        return bytes([_VERSION, self._flags]) + self._check.value() + self._encoder.flush()
+        data, payload = bytes([_VERSION, self._flags]) + self._check.value(), self._coarsest.flush()
+        if self._flags & _MIXTURES:
+            payload = _LENGTH.pack(len(payload)) + payload + self._finer.flush()
+        return data + payload
 
 
 class Reader:
     """Reads what a Writer wrote. Raises BitstreamError, naming what is wrong.
 
     counts: for each step that has elements its scale and how many; the first is that of scale -1. integers: whether
-    the decoder has integer networks. `portable` says whether the stream asks for them.
+    the decoder has integer networks. `portable` says whether the stream asks for them. mixtures: as in Writer.
     """
 
-    def __init__(self, data: bytes, tables: Tables, counts: list[tuple[int, int]], integers: bool) -> None:
+    def __init__(
+        self,
+        data: bytes,
+        tables: Tables,
+        counts: list[tuple[int, int]],
+        integers: bool,
+        mixtures: MixtureTables | None = None,
+    ) -> None:
         if not isinstance(data, (bytes, bytearray, memoryview)):
             raise TypeError(f"decompress: a stream must be bytes, got {type(data).__name__}")
-        data, elements = bytes(data), sum(count for _, count in counts)
+        data = bytes(data)
         grids = len({scale for scale, _ in counts}) - 1
         begin = _HEAD + (grids - 1 + _CRC if grids else 0)
         if len(data) < begin:
             raise BitstreamError(f"decompress: a stream has more than {begin} bytes, got {len(data)}; it is truncated")
         if data[0] != _VERSION:
             raise BitstreamError(f"decompress: stream version {data[0]}, this build reads {_VERSION}; update lic_fast")
-        if data[1] & ~_PORTABLE:
+        if data[1] & ~(_PORTABLE | _MIXTURES):
             raise BitstreamError(
                 f"decompress: the stream has unknown flags {data[1]:#04x}, which this build does not read; update "
                 "lic_fast"
             )
-        self.portable = data[1] == _PORTABLE
+        self.portable = bool(data[1] & _PORTABLE)
         if self.portable and not integers:
             raise BitstreamError(
                 "decompress: the stream has the portable profile, and this model no integer networks; load the state "
                 "dict of the model that encoded"
             )
-        self._expected, self._check = data[_HEAD:begin], _Check()
-        self._decoder = Decoder(data[begin:], tables)
-        if (self._decoder.steps, self._decoder.elements) != (len(counts), elements):
+        if bool(data[1] & _MIXTURES) != (mixtures is not None):
+            kinds = ("one Gaussian", "mixtures") if mixtures is None else ("mixtures", "one Gaussian")
             raise BitstreamError(
-                f"decompress: the stream holds {self._decoder.elements} elements in {self._decoder.steps} steps, a "
-                f"latent of this shape has {elements} in {len(counts)}; pass the shape that was encoded"
+                f"decompress: this model codes by {kinds[0]}, the stream by {kinds[1]}; pass its model"
             )
+        self._expected, self._check = data[_HEAD:begin], _Check()
+        if mixtures is None:
+            self._coarsest = self._finer = _opened(data[begin:], tables, counts)
+            return
+        at = begin + _LENGTH.size
+        if len(data) < at or len(data) < at + _LENGTH.unpack_from(data, begin)[0]:
+            raise BitstreamError(f"decompress: the coarsest grid ends behind byte {len(data)}; the stream is truncated")
+        end = at + _LENGTH.unpack_from(data, begin)[0]
+        self._coarsest = _opened(data[at:end], tables, counts[:1])
+        self._finer = _opened(data[end:], mixtures, counts[1:])
 
     def _mismatch(self, which: str) -> BitstreamError:
         return BitstreamError(_MISMATCH.format(which) + _WHY[self.portable])
@@ -110,7 +133,7 @@ class Reader:
             if not self._expected.startswith(self._check.marks):
                 raise self._mismatch(f"grid {scale + 1}")
         try:
-            return self._decoder.decode(levels)
+            return (self._finer if scale >= 0 else self._coarsest).decode(levels)
         except BitstreamError as error:  # its own CRC was right, so that it was decoded with other levels
             raise self._mismatch(f"grid {scale}") from error
 
@@ -118,4 +141,16 @@ class Reader:
         """Checks the parameters of all steps, and that nothing is left over."""
         if self._check.value() != self._expected:
             raise self._mismatch("the finest grids")
-        self._decoder.finish()
+        self._coarsest.finish()
+        if self._finer is not self._coarsest:
+            self._finer.finish()
+
+
+def _opened(data: bytes, tables: Tables | MixtureTables, counts: list[tuple[int, int]]) -> Decoder:
+    decoder, elements = Decoder(data, tables), sum(count for _, count in counts)
+    if (decoder.steps, decoder.elements) != (len(counts), elements):
+        raise BitstreamError(
+            f"decompress: the stream holds {decoder.elements} elements in {decoder.steps} steps, a latent of this "
+            f"shape has {elements} in {len(counts)}; pass the shape that was encoded"
+        )
+    return decoder

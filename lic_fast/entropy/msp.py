@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..coding import Tables, constant_tables, join_tables
+from ..coding import Tables, constant_tables, join_tables, mixture_tables
 from ..functional import factorized_rate, gaussian_rate, mixture_rate, pack_factorized
-from ._msp_coding import Visit, decoding, encoding, rounded
+from ._msp_coding import SCALE_BOUND, Visit, decoding, decoding_mixtures, encoding, encoding_mixtures, rounded
 from ._msp_integer import integer_networks, quantise_networks, watched
 from ._msp_network import PROFILES, GridNetwork, Profile
 from ._msp_stream import Reader, Writer
@@ -22,15 +22,13 @@ from .entropy_bottleneck import EntropyBottleneck
 
 __all__ = ["PROFILES", "MSPEntropyModel", "Profile"]
 
-_SCALE_BOUND = 0.11
-
 
 class MSPEntropyModel(nn.Module):
     """Likelihoods of a latent, and its bytes, from coarse to fine in a number of steps that the profile alone sets.
 
     channels: C of the latents [B, C, H, W], any H, W >= 1. profile: "fast" (10 steps), "base" (19), "max" (37), or a
-    Profile. mixture: Gaussians an element; more than one (3K parameters, rounding about 0) can be trained and
-    evaluated, not coded yet.
+    Profile. mixture: Gaussians an element; more than one has 3K parameters, is rounded
+    about 0, and coded by the mixtures of docs/BITSTREAM.md.
 
     The coarsest grid has a learned density a channel. Every other step has scales and means from a network that sees
     the values of all steps before, and no other. Training, encoding and decoding are one traversal of one Schedule,
@@ -213,10 +211,12 @@ class MSPEntropyModel(nn.Module):
         _, coarsest = factorized_rate(
             grid, pack_factorized(*weights).to(grid.dtype), filters=self.bottleneck.filters, **options
         )
-        rest, options["scale_bound"] = packed[:, first:].contiguous(), _SCALE_BOUND
+        rest, options["scale_bound"] = packed[:, first:].contiguous(), SCALE_BOUND
         if self.mixture == 1:
             scales, means = (each.contiguous() for each in parameters.unbind(1))
             _, finer = gaussian_rate(rest, scales, means, **options)
+        elif rest.numel() == 0:
+            finer = rest
         else:
             rows = (each.reshape(len(rest), -1) for each in parameters.chunk(3, 1))
             _, finer = mixture_rate(rest, *rows, logits=True, **options)
@@ -264,7 +264,10 @@ class MSPEntropyModel(nn.Module):
         and values; TypeError for dtypes.
         """
         f = "make_portable"
-        self._single(f)
+        if self.mixture != 1:
+            raise ValueError(
+                f"MSPEntropyModel.{f}: mixtures have no integer networks, got {self.mixture}; use mixture=1"
+            )
         with watched(self.grids) as grids:
             for y in [latents] if isinstance(latents, Tensor) else latents:
                 y = self._finite(f, y)
@@ -299,10 +302,6 @@ class MSPEntropyModel(nn.Module):
             self._joined = (data, join_tables(constant_tables("gaussian"), Tables(data)))
         return self._joined[1]
 
-    def _single(self, function: str) -> None:
-        if self.mixture != 1:
-            raise ValueError(f"MSPEntropyModel.{function}: mixtures of {self.mixture} are not coded yet; use mixture=1")
-
     def _finite(self, function: str, y: object) -> Tensor:
         y = self._checked(function, y).float()
         if not bool(y.isfinite().all()):
@@ -312,7 +311,6 @@ class MSPEntropyModel(nn.Module):
         return y
 
     def _codable(self, function: str) -> Tables:
-        self._single(function)
         if self.bottleneck.quantiles.dtype is not torch.float32:
             raise TypeError(
                 f"MSPEntropyModel.{function}: needs fp32 parameters, got {self.bottleneck.quantiles.dtype}; "
@@ -324,7 +322,7 @@ class MSPEntropyModel(nn.Module):
     def compress(self, y: Tensor) -> list[bytes]:
         """A stream for each sample of y [B, C, H, W]. What decompress() gives is forward(y[b : b + 1], False)[0].
 
-        Raises ValueError for shapes, for values that are not finite, for mixtures, and where update() was not called;
+        Raises ValueError for shapes, for values that are not finite, and where update() was not called;
         TypeError for dtypes.
         """
         y, tables = self._finite("compress", y), self._codable("compress")
@@ -332,10 +330,12 @@ class MSPEntropyModel(nn.Module):
 
     def _compress_one(self, y: Tensor, tables: Tables) -> bytes:
         grids = self._coding_grids()
-        writer = Writer(tables, portable=grids is self.integers)
+        mixtures = () if self.mixture == 1 else (mixture_tables(),)
+        writer = Writer(tables, *mixtures, portable=grids is self.integers)
         y = y.contiguous()
         y_hat = torch.empty_like(y)
-        self._coded(y_hat, encoding(writer, y, y_hat, self._medians(), tables), grids)
+        steps = (encoding_mixtures if mixtures else encoding)(writer, y, y_hat, self._medians(), tables, *mixtures)
+        self._coded(y_hat, steps, grids)
         return writer.finish()
 
     @torch.no_grad()
@@ -352,7 +352,10 @@ class MSPEntropyModel(nn.Module):
         sizes = zip(self.schedule.steps, self.schedule.counts(height, width), strict=True)
         counts = [(step.scale, count) for step, count in sizes if count]
         portable = self.integers is not None
-        readers = [Reader(stream, tables, counts, portable) for stream in strings]  # before anything is allocated
+        mixtures = None if self.mixture == 1 else mixture_tables()
+        readers = [
+            Reader(stream, tables, counts, portable, mixtures) for stream in strings
+        ]  # before anything is allocated
         device, size = self.bottleneck.quantiles.device, (1, self.schedule.channels, height, width)
         samples = [torch.empty(0, *size[1:], device=device)]
         for reader in readers:
@@ -362,7 +365,9 @@ class MSPEntropyModel(nn.Module):
 
     def _decompress_one(self, reader: Reader, y_hat: Tensor, tables: Tables) -> None:
         grids = self.integers if reader.portable else self.grids
-        self._coded(y_hat, decoding(reader, y_hat, self._medians(), tables), grids)
+        mixtures = () if self.mixture == 1 else (mixture_tables(),)
+        steps = (decoding_mixtures if mixtures else decoding)(reader, y_hat, self._medians(), tables, *mixtures)
+        self._coded(y_hat, steps, grids)
         reader.finish()
 
     def _coded(self, y_hat: Tensor, visit: Visit, grids: nn.ModuleList) -> None:
