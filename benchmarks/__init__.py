@@ -24,6 +24,8 @@ OPS = (
     "schedule",
     "integer_conv2d",
     "gdn",
+    "channel_norm",
+    "ddim_update",
     "mixture_rate",
     "factorized_rate",
 )

@@ -42,6 +42,7 @@ OPTIONAL = {
     "skimage",
     "torchvision",
     "pytorch_msssim",
+    "lpips",
     "triton",
     "scipy",
 }

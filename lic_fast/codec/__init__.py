@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+from lic_fast.codec.cdc import CDC, CDC_NAMES
 from lic_fast.codec.container import BitstreamError, Stream, pack, unpack
 from lic_fast.codec.msp import MSP_NAMES, MSPCodec
 from lic_fast.codec.overfit import Overfit, overfit
 
-__all__ = ["MSP_NAMES", "BitstreamError", "MSPCodec", "Overfit", "Stream", "overfit", "pack", "unpack"]
+__all__ = [
+    "CDC",
+    "CDC_NAMES",
+    "MSP_NAMES",
+    "BitstreamError",
+    "MSPCodec",
+    "Overfit",
+    "Stream",
+    "overfit",
+    "pack",
+    "unpack",
+]

@@ -2,9 +2,10 @@
 
 from .coding import ans_decode_, ans_encode, ans_pack
 from .context import context_conv, context_conv_pack
+from .diffusion import ddim_update
 from .embedding import FlatLayout, in_memory_order, stdet_adam_step_, stdet_mask_, stdet_reconstruct_
 from .integer import integer_conv2d, integer_conv2d_pack
-from .layers import gdn
+from .layers import channel_norm, gdn
 from .likelihood import (
     factorized_rate,
     gaussian_rate,
@@ -28,9 +29,11 @@ __all__ = [
     "ans_decode_",
     "ans_encode",
     "ans_pack",
+    "channel_norm",
     "cmd_assign",
     "context_conv",
     "context_conv_pack",
+    "ddim_update",
     "embed_select",
     "factorized_rate",
     "gaussian_rate",

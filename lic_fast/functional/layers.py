@@ -1,4 +1,4 @@
-"""Ops on activations: divisive normalization across channels."""
+"""Ops on activations: divisive normalization, and normalization to mean and deviation, across channels."""
 
 from __future__ import annotations
 
@@ -62,6 +62,50 @@ def gdn(
     recorded = torch.is_grad_enabled() and (x.requires_grad or beta.requires_grad or gamma.requires_grad)
     form = bool(inverse), bool(simplified), *bounds, pedestal
     return torch.ops.lic_fast.gdn(x, beta, gamma, *form, recorded and not recompute)[0]
+
+
+def channel_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, *, shift: Tensor | None = None, relu: bool = False, eps: float = 1e-5
+) -> Tensor:
+    """(x - mean) / sqrt(variance + eps) * weight + bias, through a ReLU where relu, + shift; in one pass.
+
+    Mean and variance are over the channels of each place. x [B, C, *] fp32, bf16, fp16 or fp64; weight, bias [C];
+    shift [B, C], added to all places of a sample: the time bias of a diffusion model's block; fp32 (fp64 for fp64), or
+    x's dtype where that is bf16 or fp16. C >= 1. Returns a new tensor [B, C, *] of x's dtype and memory format.
+    Arithmetic in fp32 (fp64 for fp64), rounded once into x's dtype. The C++ kernels walk channels_last; another layout
+    is copied there and back, and then no faster than PyTorch.
+
+    Gradients flow to x, weight, bias and shift; besides x, backward keeps nothing. Sums over places have a fixed
+    order: the same in every run, and on the CPU for any number of threads. There are neither gradients of gradients
+    nor forward-mode derivatives (RuntimeError).
+
+    Raises ValueError for shapes and eps, TypeError for dtypes and devices, BackendError for a forced backend.
+
+    Source: Ba, Kiros and Hinton, "Layer Normalization" (2016), over channels as in ConvNeXt (Liu et al., CVPR 2022)
+    and the U-Net of CDC (Yang and Mandt, NeurIPS 2023).
+    """
+    f = "channel_norm"
+    parameters = [("weight", weight), ("bias", bias), *([] if shift is None else [("shift", shift)])]
+    for name, value in (("x", x), *parameters):
+        _check.tensor(f, name, value)
+    _check.no_forward_mode(f)
+    if x.dim() < 2 or x.shape[1] == 0:
+        raise ValueError(
+            f"{f}: x must be [B, C, *] with C >= 1, got {list(x.shape)}; add the dimensions that are missing"
+        )
+    _check.dtype_in(f, "x", x, FLOATS)
+    allowed = (
+        (torch.float64,) if x.dtype is torch.float64 else (torch.float32, *((x.dtype,) if x.dtype in _HALF else ()))
+    )
+    for name, value in parameters:
+        wanted = list(x.shape[:2]) if name == "shift" else [x.shape[1]]
+        if list(value.shape) != wanted:
+            raise ValueError(f"{f}: {name} must be {wanted} for x {list(x.shape)}, got {list(value.shape)}")
+        _check.dtype_in(f, name, value, allowed)
+    if not (isinstance(eps, (int, float)) and math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"{f}: eps must be a finite number >= 0, got {eps!r}")
+    _check.same_device(f, ("x", x), *parameters)
+    return torch.ops.lic_fast.channel_norm(x, weight, bias, shift, bool(relu), float(eps))
 
 
 def _as_fp32(value: float) -> float:

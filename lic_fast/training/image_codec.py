@@ -240,7 +240,10 @@ class ImageCodec:
         height, width = pixels.shape[:2]
         with _reproducible():
             x = self._padded(pixels)
-            output = self.model(x) if y is None else self.model.decoded(y)
+            if y is None:
+                output = getattr(self.model, "reconstruct", self.model)(x)  # of a model that decodes by sampling
+            else:
+                output = self.model.decoded(y)
             bpp = RateDistortionLoss(1.0)(output, x, x.new_zeros(()))["bpp"].item()
         promised = _to_pixels(output["x_hat"][0, :, :height, :width])
         return bpp * x.shape[-2] * x.shape[-1] / (height * width), psnr(pixels, promised)

@@ -1,4 +1,4 @@
-"""The image models that train with one plain rate-distortion loss, by name: CompressAI's, and MSPCodec."""
+"""The image models that train with one plain rate-distortion loss, by name: CompressAI's, MSPCodec and CDC."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lic_fast.codec import MSP_NAMES, MSPCodec
+from lic_fast.codec import CDC, CDC_NAMES, MSP_NAMES, MSPCodec
 from lic_fast.patch import accelerate
 from lic_fast.training.config import LAMBDAS, TrainConfig
 from lic_fast.training.errors import TrainingError, optional_import
@@ -37,6 +37,7 @@ def _registered() -> tuple[dict[str, type], tuple[str, ...]]:
         else:
             trained[name] = cls
     trained.update(dict.fromkeys(MSP_NAMES, MSPCodec))
+    trained.update(dict.fromkeys(CDC_NAMES, CDC))
     return dict(sorted(trained.items())), tuple(refused)
 
 
@@ -87,6 +88,8 @@ def resolve_channels(name: str, channels: tuple[int, ...] | None, lmbda: float) 
 
 
 def _default_channels(name: str, parameters: Any, wanted: list[str], lmbda: float) -> tuple[int, ...]:
+    if name in CDC_NAMES:
+        return (CDC_NAMES[name]["sizes"].width,)
     like = _SIZED_LIKE.get(name, name)
     table = optional_import("compressai.zoo.image").cfgs.get(like)
     if table is None:
@@ -100,8 +103,8 @@ def _default_channels(name: str, parameters: Any, wanted: list[str], lmbda: floa
 def build_model(name: str, channels: tuple[int, ...]) -> torch.nn.Module:
     """Model `name` with its random initial weights. ELIC with M <= 128 gets groups as 1:1:2:4:12."""
     cls = model_class(name)
-    if cls is MSPCodec:
-        return MSPCodec.from_name(name, *channels)
+    if cls in (MSPCodec, CDC):
+        return cls.from_name(name, *channels)
     if "groups" in inspect.signature(cls.__init__).parameters and channels[1] <= 128:
         m = channels[1]
         first = [m // 20, m // 20, m // 10, m // 5]
