@@ -45,6 +45,8 @@ OPTIONAL = {
     "lpips",
     "triton",
     "scipy",
+    "bjontegaard",
+    "imagecodecs",
 }
 
 

@@ -31,24 +31,22 @@ GOLDEN: dict[tuple[int, int], tuple[str, int]] = {
         0xAFB7B861,
     ),
     (4, 6): (
-        "01018dd8244b604c4652010010e06e552bdbb022b2010d78764333020f06b3d87b360175ebff7f78c1d1c1917d01007ac0ff"
-        "bf0c40f1bfffffffffffffffffff7fffbfff7f98bfc205ff7fffff00ffffbfff7f0000f97eff3fc77fe9bf9ea6a6bfff7fff"
-        "ffffffff3fff3fff3fff3fffff2d4dd6d0ff17ffffffffffbffc7f0500ff3fff3fa09be5c4c099ff7f8782afbfff33ffffff"
-        "ffff3fff3fff7f7987ffff3a0034c0fd7f8813f9fffeff0400ffff0d000a000600110008000700fbfffefffbff0600feff07"
-        "00f7fff5fff3fff3ff0c000700fcfff4fffdfff3ffebfffdff030006000a00fdffffff0100030008000700fcff0800040007"
-        "00f9ff0300fffff3fffffffaff0800f3ff070012d56431",
-        0x82805AC5,
+        "0101355bbccd084c4652010010e06e552bdbb022b2010d78753821020074fe650fd2c189ebb672c67f2487633aff3ff3fff6"
+        "bfaf5db3053fc3ffbf039498ff2f0ad28700c0ffffffffffbf7103ffffca931180ea7f7eb68c78ffffff3fffbfd504ffffff"
+        "3fbab10cbe87ca52040d8007404d9eccbc44a7fe7fc0bfe13044c283680500ac7ffebfffff0a3d5c42680e8813fbfffdff01"
+        "00fdfff8ff0100fafffefff9ff0600fbff0300f8ff0400fbfff6ff04000500fbfffeff0800fbff0800050003000b00fefff9"
+        "ff0400fffffaff0500b84b40d4",
+        0xEBD4C566,
     ),
     (7, 5): (
-        "0101dc995778f34c4652010010e06e552bdbb022b2010daf01ac016350020229390200e80709281f16b06fce43df47ae60ff"
-        "bfff3fffff19fdffffce4dff3fb707ffff3dcfffffe2bf4ec0ffffffbf35b6fabf00c0ffffa85fffffffffffffff7fffffff"
-        "7fff7fff3fff7fffffff3fffffa6ff92ddff7f0400ffffff7fff7fffbfda29f53fffffffffffffffffffffffffffffff3f0d"
-        "ffff7fc5399347da8993804bf9ff3f0050ffffffbfff3fff7f887ba8045f02ffbf64b88214ca3affffff3f21b3fdff667cff"
-        "ffffffffffffffffffff3fffffff3fffff7000ffbf00800040ffffc81e0ab47a2a88130b00f5fff8ff0500faff0500fbff06"
-        "0002000400f9fffaffffff050001000600fcff0400fbff0500fdff14001000110009000e000f00f5fff9fffffff9fff6fff3"
-        "fff8fff9fff8ff0c0008000a00fbfff4fff1ffe5fffaffe8fff4fffbff05000b00f8ff04000b00f9ff05000100fdff090004"
-        "000c000600fafffcff04000b00fcfff6ff01000500f8ff0800fffff1ff0100f8ff0500eeff07001000fbff8f1f4263",
-        0x61F9BD6D,
+        "01019b0694564a4c4652010010e06e552bdbb022b2010daf01ab01573902048dfe0f00439519808816a82f694280e2ffbfee"
+        "2cbc2fff3fbfe1ff3fffffff3fbef1913275d4223dff3ff83fffff320ade50f77fffbfff3f2abae287fd7eff3fff7f4546ff"
+        "ffffffffffff3fff7f40821388ffffffff90fa5eb51b3cff3fff3fff3fff7f06c0ff3fabdbff7f90bf752fffbf2769fb3fff"
+        "7fff7fffffffff005cb5405240179c21af8cc2fe3ffa08d5d9518833a70880ff3fd27fffff52c88209d1ffffffb880ffffff"
+        "3fffff05001d80a4bf881305000200f8ff0a000b00fffffffff9fffbff0200050001000200f3fff2fff6fffaff0100fdff02"
+        "00f7ffffffe9ff0500f4fffaff0500030001000400fafffefffafffcff010007000a0009000500fcff0300fdff0600080012"
+        "00fbff0100fbff0200fcfffdff040004000400f9fff9ff7ffbe84f",
+        0xF2A56B5E,
     ),
 }
 
@@ -213,7 +211,7 @@ def test_damage_and_other_integers_are_refused(model) -> None:
 def test_what_cannot_be_made_portable_is_named() -> None:
     model = MSPEntropyModel(CHANNELS, SIZES)
     y = torch.randn(1, CHANNELS, 8, 8)
-    with pytest.raises(ValueError, match="mixtures of 2"):
+    with pytest.raises(ValueError, match="mixtures have no integer networks, got 2"):
         MSPEntropyModel(CHANNELS, SIZES, mixture=2).make_portable(y)
     with pytest.raises(ValueError, match=r"make_portable: y must be \[B, 5, H, W\]"):
         model.make_portable([y, y[:, :4]])

@@ -6,6 +6,7 @@ from lic_fast.codec.cdc import CDC, CDC_NAMES
 from lic_fast.codec.container import BitstreamError, Stream, pack, unpack
 from lic_fast.codec.msp import MSP_NAMES, MSPCodec
 from lic_fast.codec.overfit import Overfit, overfit
+from lic_fast.codec.replace import replace_context_model
 
 __all__ = [
     "CDC",
@@ -17,5 +18,6 @@ __all__ = [
     "Stream",
     "overfit",
     "pack",
+    "replace_context_model",
     "unpack",
 ]

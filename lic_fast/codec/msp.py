@@ -59,6 +59,23 @@ class MSPCodec(nn.Module):
             raise ValueError(f"MSPCodec: unknown name, got {name!r}; use one of {', '.join(MSP_NAMES)}")
         return cls(N, M, **MSP_NAMES[name])
 
+    @classmethod
+    def around(
+        cls, g_a: nn.Module, g_s: nn.Module, channels: int, *, profile: object = "base", mixture: int = 1
+    ) -> MSPCodec:
+        """The codec of these very modules: g_a [B, 3, 16 h, 16 w] -> [B, channels, h, w], g_s back; not copied.
+
+        The entropy model is new, with random weights, and on the CPU. Raises ValueError for the profile and mixture.
+        """
+        from ..entropy import MSPEntropyModel
+
+        codec = cls.__new__(cls)
+        nn.Module.__init__(codec)
+        codec.g_a, codec.g_s = g_a, g_s
+        codec.tile = None  # how far these modules look is not known
+        codec.entropy_model = MSPEntropyModel(channels, profile, mixture=mixture)
+        return codec
+
     def forward(self, x: Tensor) -> dict[str, Tensor | dict[str, Tensor]]:
         """{"x_hat" [B, 3, H, W], "likelihoods": {"y" [B, M, H / 16, W / 16]}} of x [B, 3, H, W] in [0, 1].
 

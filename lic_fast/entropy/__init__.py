@@ -17,6 +17,7 @@ _SUBMODULES = {
     "Profile": "msp",
     "Schedule": "_schedule",
     "is_portable": "_msp_stream",
+    "replace_context_model": "..codec.replace",  # what it returns is a codec: it lives there, and is named here too
     "solve_quantiles": "entropy_bottleneck",
 }
 __all__ = [*_SUBMODULES]
@@ -27,7 +28,8 @@ def __getattr__(name: str) -> Any:
     if name not in _SUBMODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        module = importlib.import_module(f".{_SUBMODULES[name]}", __name__)
+        path = _SUBMODULES[name]
+        module = importlib.import_module(path if path.startswith(".") else f".{path}", __name__)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] != "compressai":
             raise

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..functional import integer_conv2d, integer_conv2d_pack
-from ._msp_network import GridNetwork
+from ._msp_network import GridNetwork, with_magnitudes
 from ._schedule import Schedule
 
 LIMIT = 16383
@@ -125,11 +125,11 @@ class IntegerGridNetwork(nn.Module):
         twin = functools.partial(IntegerConv, leaky=False)
         steps = schedule.at(scale)
         self.register_buffer("unit", torch.ones(()))
-        self.enter = twin(schedule.channels, width, 3)
+        self.enter = twin(2 * schedule.channels, width, 3)
         self.lift = IntegerConv(width, 4 * width, 1, leaky=True) if scale < schedule.scales - 1 else None
         self.trunk = nn.ModuleList(IntegerConv(width, width, 3, leaky=True) for _ in range(2 * depth))
         embedded = steps if scale > 0 else steps[:-1]
-        self.embed = nn.ModuleList(twin(s.last - s.first, width, 3) for s in embedded)
+        self.embed = nn.ModuleList(twin(2 * (s.last - s.first), width, 3) for s in embedded)
         self.heads = nn.ModuleList(_Head(width, s.last - s.first) for s in steps)
 
     def open(self, coarse: Tensor, below: Tensor | None) -> Tensor:
@@ -150,7 +150,7 @@ class IntegerGridNetwork(nn.Module):
         return self.embed[number](self._integers(F.pad(part, beyond) if any(beyond) else part), state)
 
     def _integers(self, y: Tensor) -> Tensor:
-        return (y * self.unit).round_().clamp_(-LIMIT, LIMIT).to(torch.int16)
+        return with_magnitudes((y * self.unit).round_().clamp_(-LIMIT, LIMIT).to(torch.int16))
 
     def quantise(self, network: GridNetwork, most: dict[str, float], below: int) -> int:
         """Takes the weights of a float network whose values reach `most`; below: the fraction of the state of the

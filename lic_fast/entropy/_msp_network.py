@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from ._schedule import Schedule
 
 _SLOPE = 0.01
-_FIRST_SCALE = (
-    1.0  # what an untrained head says: gradients pass at once, which at the bound of 0.11 they do one way only
-)
+# What an untrained head says: gradients pass at once, which at the bound of 0.11 they do one way only. Its last layer's
+# weights begin small: random parameters would first have to be unlearned.
+_FIRST_SCALE, _FIRST_WEIGHTS = 1.0, 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +31,11 @@ PROFILES = {
     "base": Profile(scales=3, groups=2, width=128, depth=2),
     "max": Profile(scales=3, groups=4, width=192, depth=3),
 }
+
+
+def with_magnitudes(values: Tensor) -> Tensor:
+    """[B, 2 C, h, w] of values [B, C, h, w]: scales depend on how large the neighbours are, whatever their signs."""
+    return torch.cat([values, values.abs()], 1)
 
 
 class _Residual(nn.Module):
@@ -51,6 +56,7 @@ class _Head(nn.Module):
         self.mix = nn.Conv2d(width, width, 1)
         self.parameters_of = nn.Conv2d(width, (2 if mixture == 1 else 3) * mixture * channels, 1)
         with torch.no_grad():
+            self.parameters_of.weight *= _FIRST_WEIGHTS
             self.parameters_of.bias[: mixture * channels] += _FIRST_SCALE
 
     def forward(self, state: Tensor) -> Tensor:
@@ -69,16 +75,16 @@ class GridNetwork(nn.Module):
     def __init__(self, schedule: Schedule, scale: int, width: int, depth: int, mixture: int) -> None:
         super().__init__()
         steps = schedule.at(scale)
-        self.enter = nn.Conv2d(schedule.channels, width, 3, padding=1)
+        self.enter = nn.Conv2d(2 * schedule.channels, width, 3, padding=1)
         self.lift = nn.Conv2d(width, 4 * width, 1) if scale < schedule.scales - 1 else None
         self.trunk = nn.Sequential(*(_Residual(width) for _ in range(depth)))
         embedded = steps if scale > 0 else steps[:-1]  # nothing comes after the last step of the finest grid
-        self.embed = nn.ModuleList(nn.Conv2d(s.last - s.first, width, 3, padding=1, bias=False) for s in embedded)
+        self.embed = nn.ModuleList(nn.Conv2d(2 * (s.last - s.first), width, 3, padding=1, bias=False) for s in embedded)
         self.heads = nn.ModuleList(_Head(width, s.last - s.first, mixture) for s in steps)
 
     def open(self, coarse: Tensor, below: Tensor | None) -> Tensor:
         """The state before the first step: coarse [B, C, h, w], the state of the grid below at its end, or None."""
-        state = self.enter(coarse)
+        state = self.enter(with_magnitudes(coarse))
         if self.lift is not None:
             lifted = F.pixel_shuffle(self.lift(F.leaky_relu(below, _SLOPE)), 2)
             state = state + lifted[:, :, : state.shape[2], : state.shape[3]]
@@ -89,4 +95,4 @@ class GridNetwork(nn.Module):
         if number >= len(self.embed):
             return state
         beyond = (0, state.shape[3] - part.shape[3], 0, state.shape[2] - part.shape[2])
-        return state + self.embed[number](F.pad(part, beyond) if any(beyond) else part)
+        return state + self.embed[number](with_magnitudes(F.pad(part, beyond) if any(beyond) else part))

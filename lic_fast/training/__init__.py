@@ -16,6 +16,7 @@ _EXPORTS = {
     "train": "loop",
     "ImageCodec": "image_codec",
     "evaluate": "evaluate",
+    "compare": "comparison",
     "RateDistortionLoss": "loss",
 }
 
@@ -25,6 +26,7 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "TrainingError",
+    "compare",
     "evaluate",
     "train",
 ]

@@ -209,16 +209,51 @@ def add_evaluate_parser(subparsers: Any) -> None:
     """Add `evaluate` to the subparsers of lic-fast."""
     parser = subparsers.add_parser(
         "evaluate",
-        help="rate and quality of a checkpoint, from real files",
-        description="Code and decode every photograph; print a table, write results.csv and plot.png.",
+        help="rate and quality of checkpoints, from real files, beside one another and classic codecs",
+        description="Code and decode every photograph; print a table, write results.csv and plot.png. Several "
+        "checkpoints, or --against, are compared: points.csv and bd_rate.csv besides.",
     )
-    _add_checkpoint(parser)
+    parser.add_argument(
+        "checkpoints",
+        nargs="+",
+        metavar="CHECKPOINT",
+        help="a checkpoint.pt that lic-fast train wrote, or NAME=PATH; those of one name (default: their model's) "
+        "make one curve",
+    )
     parser.add_argument("folder", metavar="DIR", help="folder of photographs, searched in depth")
-    parser.add_argument("--output", metavar="DIR", help="where to write (default: evaluate, beside the checkpoint)")
+    parser.add_argument(
+        "--output", metavar="DIR", help="default: evaluate, beside the checkpoint; of several, lic_fast_comparison"
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N images by name")
+    parser.add_argument(
+        "--against", type=_names, default=(), metavar="CODEC,...", help="of jpeg, jpeg2000, webp, avif, jxl"
+    )
+    parser.add_argument(
+        "--qualities",
+        type=_qualities,
+        action="append",
+        default=[],
+        metavar="CODEC=Q,...",
+        help="other settings of a classic codec than the usual; once a codec",
+    )
+    parser.add_argument(
+        "--anchor", metavar="NAME", help="BD-rates are beside this curve (default: the first of --against)"
+    )
     _add_device(parser, "auto", ("auto", "cpu", "cuda"))
     _add_no_sma(parser)
     parser.set_defaults(run=run_evaluate)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(","))
+
+
+def _qualities(text: str) -> tuple[str, tuple[float, ...]]:
+    name, _, values = text.partition("=")
+    try:
+        return name, tuple(float(value) for value in values.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"not CODEC=Q,Q, got {text!r}; pass for example jpeg=20,50,80") from None
 
 
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
@@ -236,18 +271,20 @@ def _add_no_sma(parser: argparse.ArgumentParser) -> None:
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
-    """Evaluate and print the table. Raises what `lic_fast.training.evaluate` does."""
+    """Evaluate and print the table. Raises what `lic_fast.training.evaluate` and `compare` do."""
+    from lic_fast.training.comparison import compare, comparison_table
     from lic_fast.training.evaluate import evaluate, table
 
-    rows = evaluate(
-        args.checkpoint,
-        args.folder,
-        output=args.output,
-        device=args.device,
-        sma=not args.no_sma,
-        limit=args.limit,
-    )
-    print(table(rows))
+    shared = {"output": args.output, "device": args.device, "sma": not args.no_sma, "limit": args.limit}
+    if len(args.checkpoints) > 1 or args.against:
+        options = {"against": args.against, "anchor": args.anchor, "qualities": dict(args.qualities)}
+        print(comparison_table(compare(args.checkpoints, args.folder, **options, **shared)))
+    elif args.anchor or args.qualities:
+        raise ValueError(
+            "evaluate: one checkpoint is compared with nothing, got --anchor or --qualities; add --against"
+        )
+    else:
+        print(table(evaluate(args.checkpoints[0], args.folder, **shared)))
     return 0
 
 

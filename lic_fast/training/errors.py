@@ -6,6 +6,7 @@ import importlib
 import warnings
 from types import ModuleType
 
+_EXTRAS = {"bjontegaard": "compare", "imagecodecs": "compare"}  # of what is not in the extra train
 _PACKAGES = {"PIL": "pillow", "skimage": "scikit-image", "pytorch_msssim": "pytorch-msssim"}
 
 
@@ -14,7 +15,7 @@ class TrainingError(RuntimeError):
 
 
 def optional_import(name: str) -> ModuleType:
-    """The module `name` of the training extra.
+    """The module `name` of the training extra, or of another one.
 
     Raises ImportError, naming the extra, where it is not installed.
     """
@@ -27,7 +28,7 @@ def optional_import(name: str) -> ModuleType:
         top = name.partition(".")[0]
         if error.name is None or error.name.partition(".")[0] != top:
             raise
-        package = _PACKAGES.get(top, top)
+        package, extra = _PACKAGES.get(top, top), _EXTRAS.get(top, "train")
         raise ImportError(
-            f'{package} is not installed, and this command needs it; run: pip install "lic_fast[train]"'
+            f'{package} is not installed, and this command needs it; run: pip install "lic_fast[{extra}]"'
         ) from None

@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 import math
-import statistics
-import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from lic_fast.training.data import open_photos, to_tensor
+from lic_fast.training.data import open_photos
 from lic_fast.training.errors import TrainingError, optional_import
-from lic_fast.training.files import atomic_write, make_folder
-from lic_fast.training.image_codec import ImageCodec, psnr
+from lic_fast.training.files import make_folder
+from lic_fast.training.image_codec import ImageCodec
+from lic_fast.training.measure import MEASURED, MS_SSIM_LEAST_SIDE, aligned, mean_row, measure, write_csv
 from lic_fast.training.plots import plot_evaluation
 
-COLUMNS = (
-    "image",
-    "height",
-    "width",
-    "bpp",
-    "bpp_estimated",
-    "psnr",
-    "ms_ssim",
-    "encode_seconds",
-    "decode_seconds",
-)
-_MS_SSIM_LEAST_SIDE = 161  # five scales of an 11-tap window
-_AVERAGED = COLUMNS[3:]
 _logger = logging.getLogger("lic_fast.training")
 
 
@@ -61,8 +44,8 @@ def evaluate(
         _logger.warning("evaluate: %s", photos.warning())
     target = Path(checkpoint).parent / "evaluate" if output is None else Path(output)
     make_folder(target)
-    rows = [_measure(codec, name, photos.read(index)) for index, name in enumerate(photos.names)]
-    _write_csv([*rows, mean_row(rows)], target / "results.csv")
+    rows = [measure(codec, name, photos.read(index)) for index, name in enumerate(photos.names)]
+    write_csv([*rows, mean_row(rows)], target / "results.csv")
     weights = ", slow weights" if codec.slow else ""
     mean = mean_row(rows)
     points = [(row["bpp"], row["psnr"]) for row in rows if math.isfinite(row["psnr"])]
@@ -72,67 +55,20 @@ def evaluate(
     return rows
 
 
-def _measure(codec: ImageCodec, name: str, pixels) -> dict[str, Any]:
-    height, width = pixels.shape[:2]
-    estimated, _ = codec.estimate(pixels)
-    began = time.perf_counter()
-    data = codec.encode(pixels)
-    encoded = time.perf_counter()
-    decoded = codec.decode(data)
-    ended = time.perf_counter()
-    return {
-        "image": name,
-        "height": height,
-        "width": width,
-        "bpp": 8 * len(data) / (height * width),
-        "bpp_estimated": estimated,
-        "psnr": psnr(pixels, decoded),
-        "ms_ssim": _ms_ssim(pixels, decoded),
-        "encode_seconds": encoded - began,
-        "decode_seconds": ended - encoded,
-    }
-
-
-def _ms_ssim(pixels, decoded) -> float | None:
-    if min(pixels.shape[:2]) < _MS_SSIM_LEAST_SIDE:
-        return None
-    pair = [to_tensor(side)[None].to(torch.float64) for side in (pixels, decoded)]
-    return optional_import("pytorch_msssim").ms_ssim(*pair, data_range=255.0).item()
-
-
-def mean_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The means of the measured columns over the images that have them."""
-    mean: dict[str, Any] = {"image": "mean", "height": None, "width": None}
-    for name in _AVERAGED:
-        values = [row[name] for row in rows if row[name] is not None]
-        mean[name] = statistics.fmean(values) if values else None
-    return mean
-
-
-def _write_csv(rows: list[dict[str, Any]], path: Path) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({name: f"{v:.6g}" if isinstance(v, float) else v for name, v in row.items()})
-    atomic_write(path, text.getvalue().encode("utf-8", "surrogateescape"))
-
-
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows and their mean as aligned text, with a note where ms_ssim is blank."""
     heads = ("image", "size", "bpp", "bpp est.", "PSNR dB", "MS-SSIM", "enc s", "dec s")
     formats = ("{:.4f}", "{:.4f}", "{:.2f}", "{:.5f}", "{:.3f}", "{:.3f}")
-    lines = [heads]
+    lines: list[Sequence[str]] = [heads]
     for row in [*rows, mean_row(rows)]:
         size = "" if row["height"] is None else f"{row['width']}x{row['height']}"
-        cells = ("" if row[n] is None else f.format(row[n]) for n, f in zip(_AVERAGED, formats, strict=True))
+        cells = ("" if row[n] is None else f.format(row[n]) for n, f in zip(MEASURED, formats, strict=True))
         lines.append((row["image"], size, *cells))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
-    text = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]
+    text = aligned(lines)
     text.insert(1, "-" * max(map(len, text)))
     text.insert(-1, text[1])
     if any(row["ms_ssim"] is None for row in rows):
-        text.append(f"MS-SSIM is blank below {_MS_SSIM_LEAST_SIDE} pixels a side.")
+        text.append(f"MS-SSIM is blank below {MS_SSIM_LEAST_SIDE} pixels a side.")
     return "\n".join(text)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import statistics
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,35 @@ def plot_evaluation(points: list[tuple[float, float]], mean: tuple[float, float]
     axis.set_title(title, fontsize=10)
     axis.margins(0.12)
     axis.legend(frameon=False, loc="best")
+    _style(axis)
+    _write(figure, path)
+
+
+def plot_rates(
+    curves: dict[str, list[tuple[float, float]]],
+    path: Path,
+    title: str,
+    classic: Collection[str] = (),
+    focus: Collection[str] = (),
+) -> None:
+    """(rate, PSNR) of each codec's settings, a line a codec, dashed for those in `classic`; the axes end a little
+    beyond those in `focus`, if any. Raises TrainingError (disk).
+    """
+    figure = _figure(7.0, 5.0)
+    axis = figure.subplots()
+    for number, (name, points) in enumerate(curves.items()):
+        shown = sorted(point for point in points if math.isfinite(point[1]))
+        if shown:
+            style = {"linestyle": "--", "marker": "."} if name in classic else {"marker": "o", "markersize": 5}
+            axis.plot(*zip(*shown, strict=True), label=name, color=f"C{number}", linewidth=1.6, **style)
+    axis.set(xlabel="rate [bits / pixel], bytes of the files", ylabel="PSNR [dB]")
+    near = [point for name in focus for point in curves.get(name, ()) if math.isfinite(point[1])]
+    if len(near) > 1:
+        for limits, values in zip((axis.set_xlim, axis.set_ylim), zip(*near, strict=True), strict=True):
+            margin = 0.15 * (max(values) - min(values)) or 0.1
+            limits(min(values) - margin, max(values) + margin)
+    axis.set_title(title, fontsize=10)
+    axis.legend(frameon=False, loc="lower right")
     _style(axis)
     _write(figure, path)
 
