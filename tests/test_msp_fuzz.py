@@ -79,7 +79,6 @@ def mutated(g: random.Random, data: bytes, stream: bytes) -> bytes:
     return sealed(made) if g.random() < 0.8 else bytes(made)
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("verified", [True, False], ids=["verified", "not verified"])
 def test_mutated_files(world: Path, checkpoint: Path, tmp_path: Path, capsys, verified: bool) -> None:
     source, coded, out = world / "photo.png", tmp_path / "a.licf", tmp_path / "a.png"
