@@ -21,32 +21,46 @@ def rounded(values: Tensor, means: Tensor) -> Tensor:
     return (values - means).round().clamp_(-MOST_SYMBOL, MOST_SYMBOL)
 
 
-def encoding_mixtures(
-    writer: Writer, y: Tensor, y_hat: Tensor, medians: Tensor, tables: Tables, mixtures: MixtureTables
+def encoding(
+    writer: Writer, y: Tensor, y_hat: Tensor, medians: Tensor, tables: Tables, mixtures: MixtureTables | None
 ) -> Visit:
-    """encoding() for mixtures, which are rounded about 0."""
-    coarsest = encoding(writer, y, y_hat, medians, tables)
+    """Writes the steps of y [1, C, H, W] fp32, contiguous as y_hat is, which gets what a decoder will have.
+
+    mixtures: where parameters are those of mixtures, which are rounded about 0.
+    """
 
     def visit(step: Step, parameters: Tensor | None) -> Tensor:
         if parameters is None:
-            return coarsest(step, None)
-        values = step.of(y)
-        symbols = rounded(values, torch.zeros_like(values))
-        writer.step(step.scale, symbols[0].to("cpu", torch.int32), _integers(parameters, symbols.shape[1], mixtures))
-        return _placed(step, y_hat, symbols)
+            means = medians.view(1, -1, 1, 1)
+            symbols = rounded(step.of(y), means)
+            writer.step(step.scale, symbols[0].to("cpu", torch.int32), _own_levels(tables, symbols))
+            return _placed(step, y_hat, symbols + means)
+        if mixtures is not None:
+            values = step.of(y)
+            symbols = rounded(values, torch.zeros_like(values))
+            integers = _integers(parameters, symbols.shape[1], mixtures)
+            writer.step(step.scale, symbols[0].to("cpu", torch.int32), integers)
+            return _placed(step, y_hat, symbols)
+        symbols, levels, values = schedule_quantize_(y_hat, y, parameters, **step.place)
+        writer.step(step.scale, symbols[0].cpu(), levels[0].cpu())
+        return values
 
     return visit
 
 
-def decoding_mixtures(reader: Reader, y_hat: Tensor, medians: Tensor, tables: Tables, mixtures: MixtureTables) -> Visit:
-    """decoding() for mixtures."""
-    coarsest = decoding(reader, y_hat, medians, tables)
+def decoding(reader: Reader, y_hat: Tensor, medians: Tensor, tables: Tables, mixtures: MixtureTables | None) -> Visit:
+    """Reads steps into y_hat [1, C, H, W] fp32, contiguous; mixtures: as in encoding."""
 
     def visit(step: Step, parameters: Tensor | None) -> Tensor:
         if parameters is None:
-            return coarsest(step, None)
-        symbols = reader.step(step.scale, _integers(parameters, step.last - step.first, mixtures))
-        return _placed(step, y_hat, symbols[None].to(y_hat.device, torch.float32))
+            means = medians.view(1, -1, 1, 1)
+            symbols = reader.step(step.scale, _own_levels(tables, step.of(y_hat)))[None]
+            return _placed(step, y_hat, symbols.to(y_hat.device, torch.float32) + means)
+        if mixtures is not None:
+            symbols = reader.step(step.scale, _integers(parameters, step.last - step.first, mixtures))[None]
+            return _placed(step, y_hat, symbols.to(y_hat.device, torch.float32))
+        symbols = reader.step(step.scale, schedule_levels(parameters)[0].cpu())[None]
+        return schedule_dequantize_(y_hat, symbols.to(y_hat.device), parameters, **step.place)
 
     return visit
 
@@ -56,36 +70,6 @@ def _integers(parameters: Tensor, channels: int, mixtures: MixtureTables) -> Ten
     _, _, *sides = parameters.shape
     scales, means, logits = parameters[0].float().cpu().reshape(3, -1, channels, *sides)
     return mixture_parameters(scales.clamp(min=SCALE_BOUND), means, torch.softmax(logits, 0), mixtures)
-
-
-def encoding(writer: Writer, y: Tensor, y_hat: Tensor, medians: Tensor, tables: Tables) -> Visit:
-    """Writes the steps of y [1, C, H, W] fp32, contiguous as y_hat is, which gets what a decoder will have."""
-
-    def visit(step: Step, parameters: Tensor | None) -> Tensor:
-        if parameters is None:
-            means = medians.view(1, -1, 1, 1)
-            symbols = rounded(step.of(y), means)
-            writer.step(step.scale, symbols[0].to("cpu", torch.int32), _own_levels(tables, symbols))
-            return _placed(step, y_hat, symbols + means)
-        symbols, levels, values = schedule_quantize_(y_hat, y, parameters, **step.place)
-        writer.step(step.scale, symbols[0].cpu(), levels[0].cpu())
-        return values
-
-    return visit
-
-
-def decoding(reader: Reader, y_hat: Tensor, medians: Tensor, tables: Tables) -> Visit:
-    """Reads steps into y_hat [1, C, H, W] fp32, contiguous."""
-
-    def visit(step: Step, parameters: Tensor | None) -> Tensor:
-        if parameters is None:
-            means = medians.view(1, -1, 1, 1)
-            symbols = reader.step(step.scale, _own_levels(tables, step.of(y_hat)))[None]
-            return _placed(step, y_hat, symbols.to(y_hat.device, torch.float32) + means)
-        symbols = reader.step(step.scale, schedule_levels(parameters)[0].cpu())[None]
-        return schedule_dequantize_(y_hat, symbols.to(y_hat.device), parameters, **step.place)
-
-    return visit
 
 
 def _own_levels(tables: Tables, part: Tensor) -> Tensor:

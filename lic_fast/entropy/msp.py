@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..coding import Tables, constant_tables, join_tables, mixture_tables
+from ..coding import MixtureTables, Tables, constant_tables, join_tables, mixture_tables
 from ..functional import factorized_rate, gaussian_rate, mixture_rate, pack_factorized
-from ._msp_coding import SCALE_BOUND, Visit, decoding, decoding_mixtures, encoding, encoding_mixtures, rounded
+from ._msp_coding import SCALE_BOUND, Visit, decoding, encoding, rounded
 from ._msp_integer import integer_networks, quantise_networks, watched
 from ._msp_network import PROFILES, GridNetwork, Profile
 from ._msp_stream import Reader, Writer
@@ -302,6 +302,11 @@ class MSPEntropyModel(nn.Module):
             self._joined = (data, join_tables(constant_tables("gaussian"), Tables(data)))
         return self._joined[1]
 
+    @property
+    def _mixtures(self) -> MixtureTables | None:
+        """The tables of mixtures, where elements are such."""
+        return None if self.mixture == 1 else mixture_tables()
+
     def _finite(self, function: str, y: object) -> Tensor:
         y = self._checked(function, y).float()
         if not bool(y.isfinite().all()):
@@ -330,12 +335,10 @@ class MSPEntropyModel(nn.Module):
 
     def _compress_one(self, y: Tensor, tables: Tables) -> bytes:
         grids = self._coding_grids()
-        mixtures = () if self.mixture == 1 else (mixture_tables(),)
-        writer = Writer(tables, *mixtures, portable=grids is self.integers)
+        writer = Writer(tables, self._mixtures, portable=grids is self.integers)
         y = y.contiguous()
         y_hat = torch.empty_like(y)
-        steps = (encoding_mixtures if mixtures else encoding)(writer, y, y_hat, self._medians(), tables, *mixtures)
-        self._coded(y_hat, steps, grids)
+        self._coded(y_hat, encoding(writer, y, y_hat, self._medians(), tables, self._mixtures), grids)
         return writer.finish()
 
     @torch.no_grad()
@@ -352,10 +355,8 @@ class MSPEntropyModel(nn.Module):
         sizes = zip(self.schedule.steps, self.schedule.counts(height, width), strict=True)
         counts = [(step.scale, count) for step, count in sizes if count]
         portable = self.integers is not None
-        mixtures = None if self.mixture == 1 else mixture_tables()
-        readers = [
-            Reader(stream, tables, counts, portable, mixtures) for stream in strings
-        ]  # before anything is allocated
+        # before anything is allocated
+        readers = [Reader(stream, tables, counts, portable, self._mixtures) for stream in strings]
         device, size = self.bottleneck.quantiles.device, (1, self.schedule.channels, height, width)
         samples = [torch.empty(0, *size[1:], device=device)]
         for reader in readers:
@@ -365,9 +366,7 @@ class MSPEntropyModel(nn.Module):
 
     def _decompress_one(self, reader: Reader, y_hat: Tensor, tables: Tables) -> None:
         grids = self.integers if reader.portable else self.grids
-        mixtures = () if self.mixture == 1 else (mixture_tables(),)
-        steps = (decoding_mixtures if mixtures else decoding)(reader, y_hat, self._medians(), tables, *mixtures)
-        self._coded(y_hat, steps, grids)
+        self._coded(y_hat, decoding(reader, y_hat, self._medians(), tables, self._mixtures), grids)
         reader.finish()
 
     def _coded(self, y_hat: Tensor, visit: Visit, grids: nn.ModuleList) -> None:
