@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import random
 from contextlib import contextmanager
 
+import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 import lic_fast
 from lic_fast import _native
-from lic_fast.coding import Tables, constant_tables, join_tables, scale_indexes
+from lic_fast.coding import Tables, constant_tables, encode, join_tables, scale_indexes
 from lic_fast.coding._serialize import serialize
 from lic_fast.ops import rans_coder as op
 
@@ -19,6 +22,17 @@ _NAMES = ["best", "scalar", "avx2", "avx512, loads", "avx512, gathers", "a GPU's
 _FOUND = _native.op("cpp", "rans_coder_variants")() if NATIVE else 0
 VARIANTS = [i for i in range(len(_NAMES)) if _FOUND >> i & 1]
 EVERYONE = ["reference", *(_NAMES[i] for i in VARIANTS)]
+
+
+FEW_AT_RANDOM = settings(  # for each device
+    max_examples=int(os.environ.get("LIC_FAST_CASES", "40")),
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+ON_GPU = pytest.mark.skipif(
+    not torch.cuda.is_available() or lic_fast.explain("rans_coder_decode_", "cuda").reasons["cuda"] is not None,
+    reason="no CUDA device, or the CUDA library is not built",
+)
 
 
 @contextmanager
@@ -31,6 +45,12 @@ def running(name):
             yield
     finally:
         op.VARIANT = before
+
+
+def by_reference(symbols, indexes, tables, **options):
+    """The container that the reference makes."""
+    with running("reference"):
+        return encode(symbols, indexes, tables, **options)
 
 
 def random_tables(g, precision=None, rows=None):

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import random
 
 import pytest
 import torch
 from conftest import backend_parameters
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from rans_streams import INT_MAX, INT_MIN, random_case, running, split
+from rans_streams import FEW_AT_RANDOM, INT_MAX, INT_MIN, ON_GPU, by_reference, random_case, running, split
 
 import lic_fast
 from lic_fast.coding import (
@@ -28,25 +27,10 @@ from lic_fast.coding import (
 from lic_fast.functional import rans_check, rans_decode_, rans_open
 from lic_fast.reference._rans_container import crc32c
 
-AT_RANDOM = settings(
-    max_examples=int(os.environ.get("LIC_FAST_CASES", "40")),
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
-)
-ON_GPU = pytest.mark.skipif(
-    not torch.cuda.is_available() or lic_fast.explain("rans_coder_decode_", "cuda").reasons["cuda"] is not None,
-    reason="no CUDA device, or the CUDA library is not built",
-)
-
-
-def by_reference(symbols, indexes, tables, **options):
-    with running("reference"):
-        return encode(symbols, indexes, tables, **options)
-
 
 @backend_parameters("rans_coder_encode")
 def test_bytes_and_symbols_are_those_of_the_reference(device, backend):
-    @AT_RANDOM
+    @FEW_AT_RANDOM
     @given(seed=st.integers(0, 2**32))
     def run(seed):
         symbols, indexes, tables, lanes, skip = random_case(seed, 900)

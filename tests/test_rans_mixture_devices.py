@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import random
 import threading
 
 import pytest
 import torch
 from conftest import backend_parameters
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rans_mixtures import extreme_floats, mixture, random_integers, random_mixture_case, random_mixture_tables
-from rans_streams import EVERYONE, INT_MAX, INT_MIN, NATIVE, running, split
+from rans_streams import EVERYONE, FEW_AT_RANDOM, INT_MAX, INT_MIN, NATIVE, ON_GPU, by_reference, running, split
 
 import lic_fast
 from lic_fast.coding import (
@@ -29,26 +28,12 @@ from lic_fast.coding import (
 )
 from lic_fast.functional import rans_check, rans_decode_, rans_open, rans_reconstruct_
 
-AT_RANDOM = settings(
-    max_examples=int(os.environ.get("LIC_FAST_CASES", "40")),
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
-)
 EVERY = pytest.mark.parametrize("name", EVERYONE)
-ON_GPU = pytest.mark.skipif(
-    not torch.cuda.is_available() or lic_fast.explain("rans_coder_decode_", "cuda").reasons["cuda"] is not None,
-    reason="no CUDA device, or the CUDA library is not built",
-)
-
-
-def by_reference(symbols, parameters, tables, **options):
-    with running("reference"):
-        return encode(symbols, parameters, tables, **options)
 
 
 @backend_parameters("rans_coder_encode")
 def test_bytes_and_symbols_are_those_of_the_reference(device, backend):
-    @AT_RANDOM
+    @FEW_AT_RANDOM
     @given(seed=st.integers(0, 2**32))
     def run(seed):
         symbols, parameters, tables, lanes = random_mixture_case(seed, 900)
@@ -71,7 +56,7 @@ def test_bytes_and_symbols_are_those_of_the_reference(device, backend):
 
 @backend_parameters("rans_coder_mixture")
 def test_parameters_are_those_of_the_reference(device, backend):
-    @AT_RANDOM
+    @FEW_AT_RANDOM
     @given(seed=st.integers(0, 2**32))
     def run(seed):
         g, t = random.Random(seed), torch.Generator().manual_seed(seed)
