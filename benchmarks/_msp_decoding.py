@@ -6,7 +6,7 @@ import contextlib
 import copy
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,12 @@ from ._msp_peers import AUTOREGRESSIVE, CHECKERBOARD, HYPERPRIOR, MSP, NAMES
 
 WHOLE, ENTROPY = "decode", "entropy"
 STOCK, FAST, OWN = "compressai", OURS + "accelerated", OURS + "msp"
+STEPS, LANES = OWN + ".steps", OWN + ".lanes256"  # on a GPU: without a CUDA graph; with 256 chains side by side
 _SEED = 29
+_WARM = {"cpu": 1, "cuda": 3}  # rounds: on a GPU the first decodes step by step, the second records, the third replays
+_SAME_PIXELS = 1e-3  # on a GPU: transposed convolutions need not repeat themselves to the bit there
+_NOTHING = nn.Identity()
+_CPU = torch.device("cpu")
 
 
 class Contender(NamedTuple):
@@ -43,16 +48,16 @@ class Measured(NamedTuple):
     size: int
 
 
-def trained_contenders(checkpoints: dict[str, Path]) -> list[Contender]:
+def trained_contenders(checkpoints: dict[str, Path], device: torch.device = _CPU) -> list[Contender]:
     """From checkpoints by name: every model accelerated, and the stock classes with the same weights beside."""
     found = []
     for name, path in checkpoints.items():
         model = ImageCodec(path, device="cpu", command="msp").model
-        found += _both(name, model)
+        found += _all(name, model.to(device))
     return found
 
 
-def untrained_contenders(channels: Sequence[int]) -> list[Contender]:
+def untrained_contenders(channels: Sequence[int], device: torch.device = _CPU) -> list[Contender]:
     """With random weights, but latents and scales of several units, so that what is coded is not all zeros."""
     found = []
     for name in NAMES:
@@ -69,13 +74,18 @@ def untrained_contenders(channels: Sequence[int]) -> list[Contender]:
                 scales[name](model)[: channels[1]] += 2
         accelerate(model, only=[kind for kind in KINDS if kind != "gdn"], verbose=False)
         model.update()
-        found += _both(name, model)
+        found += _all(name, model.to(device))
     return found
 
 
-def _both(name: str, model: nn.Module) -> list[Contender]:
+def _all(name: str, model: nn.Module) -> list[Contender]:
     if name == MSP:
-        return [Contender(name, OWN, model)]
+        found = [Contender(name, OWN, model)]
+        if next(model.parameters()).is_cuda:
+            found += [Contender(name, backend, copy.deepcopy(model)) for backend in (STEPS, LANES)]
+            found[1].module.entropy_model.cuda_graph = False
+            found[2].module.entropy_model.lanes = 256
+        return found
     stock = copy.deepcopy(model)
     restore(stock)
     return [Contender(name, FAST, model), Contender(name, STOCK, stock)]
@@ -84,17 +94,30 @@ def _both(name: str, model: nn.Module) -> list[Contender]:
 @contextlib.contextmanager
 def _without_synthesis(model: nn.Module) -> Iterator[None]:
     """Within the block decompress() gives y_hat, clamped: all of decoding but g_s."""
-    kept, model.g_s = model.g_s, nn.Identity()
+    kept, model.g_s = model.g_s, _NOTHING  # the same each time: a CUDA graph is that of one synthesis
     try:
         yield
     finally:
         model.g_s = kept
 
 
-def _decoded(model: nn.Module, coded: dict[str, Any]) -> tuple[float, Tensor]:
+def _timed(work: Callable[[], Tensor]) -> tuple[float, Tensor]:
+    """(milliseconds, result): until the device has it."""
+    _wait()
     began = time.perf_counter()
-    x_hat = model.decompress(coded["strings"], coded["shape"])["x_hat"]
-    return 1e3 * (time.perf_counter() - began), x_hat
+    result = work()
+    if result.is_cuda:
+        _wait()
+    return 1e3 * (time.perf_counter() - began), result
+
+
+def _wait() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def _decoded(model: nn.Module, coded: dict[str, Any]) -> tuple[float, Tensor]:
+    return _timed(lambda: model.decompress(coded["strings"], coded["shape"])["x_hat"])
 
 
 def _size(strings: Any) -> int:
@@ -103,28 +126,40 @@ def _size(strings: Any) -> int:
 
 @torch.no_grad()
 def decode_times(contenders: Sequence[Contender], x: Tensor, repeats: int) -> list[Measured]:
-    """Whole and entropy part, every contender once a round. Raises ValueError where one decodes something wrong."""
-    coded: dict[str, dict[str, Any]] = {}
-    pixels: dict[str, Tensor] = {}
-    for name, _, model in contenders:
-        if name not in coded:
-            coded[name] = model.compress(x)
+    """Whole and entropy part, every contender once a round, on x's device; each decodes what the first of its name
+    coded, on a GPU what it coded itself. Raises ValueError where one decodes something wrong.
+    """
+    keys = [place if x.is_cuda else contender.model for place, contender in enumerate(contenders)]
+    coded: dict[Any, dict[str, Any]] = {}
+    for key, contender in zip(keys, contenders, strict=True):
+        if key not in coded:
+            coded[key] = contender.module.compress(x)
+    known: dict[Any, Tensor] = {}
     spent: dict[tuple[int, str], list[float]] = {}
     with collector_off():
-        for repeat in range(-1, repeats):
+        for repeat in range(-_WARM[x.device.type], repeats):
             for place, (name, backend, model) in enumerate(contenders):
-                taken, x_hat = _decoded(model, coded[name])
-                if not torch.equal(pixels.setdefault(name, x_hat), x_hat):
-                    raise ValueError(f"msp: {name} of {backend} decodes other pixels than the one before it")
+                key = keys[place]
+                taken, x_hat = _decoded(model, coded[key])
                 with _without_synthesis(model):
-                    alone, _ = _decoded(model, coded[name])
+                    alone, y_hat = _decoded(model, coded[key])
+                if not _same(known.setdefault((key, WHOLE), x_hat), x_hat):
+                    raise ValueError(f"msp: {name} of {backend} decodes other pixels than the one before it")
+                if not torch.equal(known.setdefault((name if name == MSP else key, ENTROPY), y_hat), y_hat):
+                    raise ValueError(f"msp: {name} of {backend} decodes another latent than the one before it")
                 if repeat >= 0:
                     spent.setdefault((place, WHOLE), []).append(taken)
                     spent.setdefault((place, ENTROPY), []).append(alone)
     return [
-        Measured(contenders[place], part, Timing.of(values), _size(coded[contenders[place].model]["strings"]))
+        Measured(contenders[place], part, Timing.of(values), _size(coded[keys[place]]["strings"]))
         for (place, part), values in spent.items()
     ]
+
+
+def _same(before: Tensor, x_hat: Tensor) -> bool:
+    if x_hat.is_cuda:
+        return torch.allclose(before, x_hat, rtol=0, atol=_SAME_PIXELS)
+    return torch.equal(before, x_hat)
 
 
 def picture(path: Path, height: int, width: int, multiple: int = 64) -> Tensor:
@@ -144,18 +179,17 @@ def scaling_times(
     model: nn.Module, path: Path, sides: Sequence[tuple[int, int]], repeats: int
 ) -> dict[tuple[int, int], tuple[Timing, int]]:
     """(milliseconds of the entropy part, bytes) of MSP by the size of the image, all sizes once a round."""
-    streams = {}
+    streams, device = {}, next(model.parameters()).device
     for height, width in sides:
-        y = model.g_a(picture(path, height, width, model.padding_multiple))
+        y = model.g_a(picture(path, height, width, model.padding_multiple).to(device))
         streams[height, width] = (model.entropy_model.compress(y), y.shape[2:])
     spent: dict[tuple[int, int], list[float]] = {key: [] for key in streams}
     with collector_off():
-        for repeat in range(-1, repeats):
+        for repeat in range(-_WARM[device.type], repeats):
             for key, (strings, shape) in streams.items():
-                began = time.perf_counter()
-                model.entropy_model.decompress(strings, shape)
+                taken, _ = _timed(lambda strings=strings, shape=shape: model.entropy_model.decompress(strings, shape))
                 if repeat >= 0:
-                    spent[key].append(1e3 * (time.perf_counter() - began))
+                    spent[key].append(taken)
     return {key: (Timing.of(values), _size(streams[key][0])) for key, values in spent.items()}
 
 

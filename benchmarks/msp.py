@@ -5,8 +5,9 @@ probability models of the latent - MSP's base profile, a mean-scale hyperprior, 
 autoregressive one - with the same loop, steps, batches and schedule: at the first lambda on small crops, and from there
 at every lambda on larger ones, as many pixels a step. Then all of them code the photographs under --test to real files
 (BD-rates beside mbt2018), and one image is decoded by each in one interleaved run: the whole of it, and from bytes to
-y_hat alone. Last, the entropy part of MSP at several sizes of one photograph. Checkpoints are kept in --runs: what is
-trained already is not trained again, and a stopped run goes on.
+y_hat alone. Last, the entropy part of MSP at several sizes of one photograph. Times are the CPU's; with --device cuda
+the GPU's, until it has the pixels: of MSP with a CUDA graph, without, and with 256 chains, at 2K too. Checkpoints are
+kept in --runs: what is trained already is not trained again, and a stopped run goes on.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ COLUMNS += ("psnr", "ms_ssim", "bd_rate", "overlap", "height", "width", "bytes",
 COLUMNS += ("us_a_place", "repeats", "device", "threads", "torch", "lic_fast", "commit", "utc")
 ZOO_SIZE = (128, 192)
 DECODED = (512, 768)
+LARGE = (1080, 1920)  # what a GPU decodes too
 SIDES = ((512, 768), (1080, 1920), (2160, 3840))
 
 
@@ -59,6 +61,7 @@ class Study:
         self.path = options.output / "msp.csv"
         self.peers.register()
         self.device = resolve_device(options.device, "msp")
+        self.timed_on = self.device if options.device == "cuda" else torch.device("cpu")
 
     def checkpoints(self, train: bool) -> dict[tuple[str, float], Path]:
         """The checkpoint of every model and lambda, trained where there is none. Raises TrainingError where not."""
@@ -75,9 +78,9 @@ class Study:
                 found[model, lmbda] = run.path
         return found
 
-    def _row(self, kind: str, model: str, **cells: object) -> dict[str, str]:
+    def _row(self, kind: str, model: str, device: torch.device, **cells: object) -> dict[str, str]:
         shared = {
-            "device": device_name(self.device), "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "device": device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__,
             "lic_fast": __version__, "commit": commit(), "utc": now(),
         }  # fmt: skip
         row = {"kind": kind, "model": model, **cells, **shared}
@@ -119,7 +122,7 @@ class Study:
                 cells["decode_steps"] = self.peers.decode_steps(name, *DECODED)
             else:
                 cells["weights"] = point["setting"]
-            rows.append(self._row("rate", name, **cells))
+            rows.append(self._row("rate", name, self.device, **cells))
         append(self.path, rows, COLUMNS)
         learned = {name: compared.curve(name) for name in (*self.peers.NAMES, *options.against)}
         budget = f"{options.steps} + {options.tune_steps} steps of training a model"
@@ -131,32 +134,39 @@ class Study:
         """Rows of decoding one image: trained models of the study's sizes, and untrained ones of the zoo's."""
         options, found = self.options, self.checkpoints(train=False)
         middle = sorted(options.lambdas)[len(options.lambdas) // 2]
-        x = self.decoding.picture(_first(options.test), *options.sides)
         sets = {
             ("trained", tuple(options.channels)): lambda: self.decoding.trained_contenders(
-                {name: found[name, middle] for name in self.peers.NAMES}
+                {name: found[name, middle] for name in self.peers.NAMES}, self.timed_on
             ),
-            ("untrained", ZOO_SIZE): lambda: self.decoding.untrained_contenders(ZOO_SIZE),
+            ("untrained", ZOO_SIZE): lambda: self.decoding.untrained_contenders(ZOO_SIZE, self.timed_on),
         }
         lines = []
         for (weights, channels), make in list(sets.items())[: 1 if options.quick else 2]:
-            measured = self.decoding.decode_times(make(), x, options.repeats)
-            rows = []
-            for contender, part, timing, size in measured:
-                steps = self.peers.decode_steps(contender.model, *x.shape[2:])
-                budget = self._budget() | {"lmbda": middle} if weights == "trained" else {"weights": weights}
-                cells = {
-                    **budget, "channels": " ".join(map(str, channels)), "backend": contender.backend,
-                    "decode_steps": steps, "height": x.shape[2], "width": x.shape[3], "bytes": size,
-                    **_cells(timing),
-                }  # fmt: skip
-                rows.append(self._row(part, contender.model, **cells))
-            append(self.path, rows, COLUMNS)
-            lines += [f"decoding {x.shape[2]} x {x.shape[3]}, channels {channels}, {weights}", *self._ratios(measured)]
+            contenders = make()
+            budget = self._budget() | {"lmbda": middle} if weights == "trained" else {"weights": weights}
+            budget |= {"channels": " ".join(map(str, channels))}
+            for sides in (options.sides, LARGE) if self.timed_on.type == "cuda" else (options.sides,):
+                of_size = [  # pixel by pixel, a large image takes minutes
+                    each for each in contenders if sides == options.sides or each.model != self.peers.AUTOREGRESSIVE
+                ]
+                x = self.decoding.picture(_first(options.test), *sides).to(self.timed_on)
+                lines.append(f"decoding {x.shape[2]} x {x.shape[3]}, channels {channels}, {weights}")
+                lines += self._decoded(of_size, x, budget)
         return "\n".join(lines)
 
+    def _decoded(self, contenders: Sequence[Any], x: torch.Tensor, budget: dict[str, object]) -> list[str]:
+        measured, rows = self.decoding.decode_times(contenders, x, self.options.repeats), []
+        for contender, part, timing, size in measured:
+            cells = {
+                **budget, "backend": contender.backend, "height": x.shape[2], "width": x.shape[3], "bytes": size,
+                "decode_steps": self.peers.decode_steps(contender.model, *x.shape[2:]), **_cells(timing),
+            }  # fmt: skip
+            rows.append(self._row(part, contender.model, self.timed_on, **cells))
+        append(self.path, rows, COLUMNS)
+        return self._ratios(measured)
+
     def _ratios(self, measured: Sequence[Any]) -> list[str]:
-        ours = {m.part: m.timing.median for m in measured if m.contender.model == self.peers.MSP}
+        ours = {m.part: m.timing.median for m in measured if m.contender.backend == self.decoding.OWN}
         lines = []
         for part, timing, contender, size in sorted(
             ((m.part, m.timing, m.contender, m.size) for m in measured), key=lambda each: (each[0], each[1].median)
@@ -172,7 +182,7 @@ class Study:
         """Rows of MSP's entropy part by the size of the image."""
         options, found = self.options, self.checkpoints(train=False)
         middle = sorted(options.lambdas)[len(options.lambdas) // 2]
-        (contender,) = self.decoding.trained_contenders({self.peers.MSP: found[self.peers.MSP, middle]})
+        contender, *_ = self.decoding.trained_contenders({self.peers.MSP: found[self.peers.MSP, middle]}, self.timed_on)
         sides = SIDES[:1] if options.quick else SIDES
         times = self.decoding.scaling_times(
             contender.module, options.large or _first(options.test), sides, options.repeats
@@ -185,7 +195,7 @@ class Study:
                 **budget, "lmbda": middle, "backend": contender.backend, "decode_steps": steps, "height": height,
                 "width": width, "bytes": size, "us_a_place": each, **_cells(timing),
             }  # fmt: skip
-            rows.append(self._row("scaling", self.peers.MSP, **cells))
+            rows.append(self._row("scaling", self.peers.MSP, self.timed_on, **cells))
             lines.append(
                 f"  {height} x {width}: {steps} steps, {timing.median:.1f} ms, {each:.2f} us a place of the latent"
             )
@@ -225,7 +235,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="of a timing")
     parser.add_argument("--threads", type=int, default=None, help="default: as many as PyTorch has")
     parser.add_argument(
-        "--device", default="auto", choices=("auto", "cpu", "cuda"), help="decoding is timed on the CPU"
+        "--device", default="auto", choices=("auto", "cpu", "cuda"), help="decoding is timed on the CPU, but for cuda"
     )
     parser.add_argument("--quick", action="store_true", help="a small image, and the trained models only; for CI")
     parser.add_argument("--runs", type=Path, default=Path("lic_fast_msp"), help="folder of the checkpoints")

@@ -121,6 +121,11 @@ def _forced() -> str | None:
     return _checked(os.environ.get(ENVIRONMENT_VARIABLE), ENVIRONMENT_VARIABLE)
 
 
+def asked_for() -> str | None:
+    """The backend that was asked for by name, or None where the order decides."""
+    return _forced()
+
+
 def before_falling_back(op: str, reason: str) -> None:
     """Called where an implementation cannot take these very arguments: BackendError if it was asked for by name."""
     forced = _forced()

@@ -13,7 +13,8 @@ pytest.importorskip("pytorch_msssim")
 pytest.importorskip("bjontegaard")
 image_module = pytest.importorskip("PIL.Image")
 
-from lic_fast.benchmarks import _msp_peers, _msp_training, msp  # noqa: E402
+from conftest import devices  # noqa: E402
+from lic_fast.benchmarks import _msp_decoding, _msp_peers, _msp_training, msp  # noqa: E402
 from lic_fast.benchmarks._rows import read  # noqa: E402
 
 from lic_fast.codec import MSPCodec  # noqa: E402
@@ -131,6 +132,17 @@ def test_rows_of_a_small_study(tmp_path, monkeypatch, capsys) -> None:
     assert (tmp_path / "msp_rd.png").stat().st_size > 1000
     assert msp.main([*line.split(), "--device", "cpu", "--only", "train"]) == 0
     assert capsys.readouterr().out.count(": found, ") == 8
+
+
+@pytest.mark.parametrize("device", devices())
+def test_contenders_of_a_device(device: str) -> None:
+    contenders = _msp_decoding.untrained_contenders((8, 12), torch.device(device))
+    ours = [each.backend for each in contenders if each.model == _msp_peers.MSP]
+    assert ours == ["lic_fast.msp"] + ["lic_fast.msp.steps", "lic_fast.msp.lanes256"] * (device == "cuda")
+    measured = _msp_decoding.decode_times(contenders, torch.rand(1, 3, 64, 128, device=device), 2)
+    parts = sorted((each.contender.model, each.contender.backend, each.part) for each in measured)
+    assert parts == sorted((*each[:2], part) for each in contenders for part in ("decode", "entropy"))
+    assert all(each.timing.repeats == 2 and each.timing.median > 0 for each in measured)
 
 
 def test_a_study_that_is_not_trained(tmp_path, capsys) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,25 @@ MSP_NAMES = {
 """The names by which `lic-fast train --model` knows these codecs."""
 
 
+@dataclasses.dataclass(frozen=True)
+class _Pixels:
+    """What MSPCodec makes of y_hat; equal where the module and the tiles are the same."""
+
+    g_s: nn.Module
+    tile: int | None
+
+    def __call__(self, y_hat: Tensor) -> Tensor:
+        return self.of(y_hat).clamp_(0, 1)
+
+    def of(self, y_hat: Tensor) -> Tensor:
+        if self.tile is None:
+            return self.g_s(y_hat)
+        return _tiles.synthesise(self.g_s, y_hat, DOWNSAMPLING, self.tile)
+
+    def modules(self) -> Iterator[nn.Module]:
+        return self.g_s.modules()
+
+
 class MSPCodec(nn.Module):
     """Analysis, MSPEntropyModel without a hyperprior, synthesis.
 
@@ -31,6 +51,9 @@ class MSPCodec(nn.Module):
     tile at a time, with so much about each that the result is the same up to rounding; None never does. A decoder needs
     the encoder's `tile` to come to the same pixels.
 
+    On a GPU decompress() of one image is, from the second image of a shape on, one CUDA graph, from bytes to pixels
+    (entropy_model.cuda_graph).
+
     Raises ValueError for profiles, transforms and sizes, ImportError without CompressAI.
     Source: Zhang et al. (arXiv 2210.04112) for the probability model, reconstructed; the transforms are as said.
     """
@@ -40,6 +63,8 @@ class MSPCodec(nn.Module):
     padding_multiple = (
         DOWNSAMPLING  # any latent has a schedule: images need no more padding than the transforms ask for
     )
+
+    _own_transforms = True
 
     def __init__(
         self, N: int = 128, M: int = 192, *, profile: object = "base", transforms: str = "light", mixture: int = 1
@@ -73,6 +98,7 @@ class MSPCodec(nn.Module):
         nn.Module.__init__(codec)
         codec.g_a, codec.g_s = g_a, g_s
         codec.tile = None  # how far these modules look is not known
+        codec._own_transforms = False
         codec.entropy_model = MSPEntropyModel(channels, profile, mixture=mixture)
         return codec
 
@@ -98,7 +124,7 @@ class MSPCodec(nn.Module):
     def _synthesis(self, y_hat: Tensor) -> Tensor:
         if self.tile is None or torch.is_grad_enabled():
             return self.g_s(y_hat)
-        return _tiles.synthesise(self.g_s, y_hat, DOWNSAMPLING, self.tile)
+        return _Pixels(self.g_s, self.tile).of(y_hat)
 
     def _checked(self, function: str, x: Tensor) -> Tensor:
         sides = x.shape[2:]
@@ -166,5 +192,7 @@ class MSPCodec(nn.Module):
         """
         if len(strings) != 1 or not isinstance(strings[0], (list, tuple)):
             raise BitstreamError(f"MSPCodec.decompress: strings must be one list of bytes, got {len(strings)} entries")
-        y_hat = self.entropy_model.decompress(strings[0], shape)
-        return {"x_hat": self._synthesis(y_hat).clamp_(0, 1)}
+        pixels = _Pixels(self.g_s, self.tile)
+        if self._own_transforms:  # known to read nothing on the host: a graph can hold them
+            return {"x_hat": self.entropy_model.decompress(strings[0], shape, then=pixels)}
+        return {"x_hat": pixels(self.entropy_model.decompress(strings[0], shape))}

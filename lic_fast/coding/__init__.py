@@ -18,6 +18,7 @@ from .rans import (
     rate_report,
     scale_indexes,
 )
+from .slots import Slots
 from .tables import FAMILIES, LADDER_LEVELS, Tables, constant_tables, factorized_tables, join_tables
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Encoder",
     "MixtureTables",
     "RateReport",
+    "Slots",
     "Tables",
     "constant_tables",
     "decode",

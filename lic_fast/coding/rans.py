@@ -257,6 +257,7 @@ class Decoder:
         if int(state[_DIMENSIONS_AT]) >= 0:
             raise BitstreamError("Decoder: the stream was not made step by step; use decode")
         self.steps, self.elements = int(state[_STEPS_AT]), int(state[_ELEMENTS_AT])
+        self.bytes = data.numel()
         self._stream = data.to(data.device if device is None else device)
         self._state, self._packed = state.to(self._stream.device), tables.packed_on(self._stream.device)
 
@@ -294,10 +295,13 @@ class Decoder:
 
         Raises BitstreamError where that is not so, on a GPU ValueError for indexes that were outside the tables too.
         """
+        self._end()
+        rans_check([self._state])
+
+    def _end(self) -> None:
         planes = () if isinstance(self._tables, Tables) else (4,)
         none = torch.empty((1, *planes, 0), dtype=torch.int32, device=self._stream.device)
         rans_decode_([self._stream], [self._state], none, self._packed, last=True)
-        rans_check([self._state])
 
 
 @dataclasses.dataclass(frozen=True)

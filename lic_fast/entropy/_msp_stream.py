@@ -3,13 +3,14 @@
     version u8 | flags u8 | check | container of lic_fast.coding, stepwise
 
 check: the CRC-32 of the levels (a byte each) of all steps that have parameters; before its four bytes, for every grid
-that such a step of another grid follows, the low byte of the CRC-32 so far, so that a decoder stops there.
+that such a step of another grid follows, the low byte of the CRC-32 so far, which says where two machines part.
 """
 
 from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -51,11 +52,18 @@ class _Check:
 
 
 class Writer:
-    """Collects the steps of a sample; those of finer grids by `mixtures`, where they are mixtures."""
+    """Collects the steps of a sample; those of finer grids by `mixtures`, where they are such. lanes: of Encoder."""
 
-    def __init__(self, tables: Tables, mixtures: MixtureTables | None = None, *, portable: bool = False) -> None:
-        self._coarsest = Encoder(tables)
-        self._finer = self._coarsest if mixtures is None else Encoder(mixtures)
+    def __init__(
+        self,
+        tables: Tables,
+        mixtures: MixtureTables | None = None,
+        *,
+        portable: bool = False,
+        lanes: int | str = "auto",
+    ) -> None:
+        self._coarsest = Encoder(tables, lanes=lanes)
+        self._finer = self._coarsest if mixtures is None else Encoder(mixtures, lanes=lanes)
         self._check, self._flags = _Check(), _PORTABLE * portable | _MIXTURES * (mixtures is not None)
 
     def step(self, scale: int, symbols: Tensor, levels: Tensor) -> None:
@@ -73,10 +81,12 @@ class Writer:
 
 
 class Reader:
-    """Reads what a Writer wrote. Raises BitstreamError, naming what is wrong.
+    """Opens what a Writer wrote, and judges in the end what was decoded of it. Raises BitstreamError, naming what is
+    wrong.
 
     counts: for each step that has elements its scale and how many; the first is that of scale -1. integers: whether
     the decoder has integer networks. `portable` says whether the stream asks for them. mixtures: as in Writer.
+    `decoders`, on the CPU: of all steps; or of the first, and of the others, where those are mixtures.
     """
 
     def __init__(
@@ -112,38 +122,37 @@ class Reader:
             raise BitstreamError(
                 f"decompress: this model codes by {kinds[0]}, the stream by {kinds[1]}; pass its model"
             )
-        self._expected, self._check = data[_HEAD:begin], _Check()
+        self._expected, self._counts = data[_HEAD:begin], counts
         if mixtures is None:
-            self._coarsest = self._finer = _opened(data[begin:], tables, counts)
+            self.decoders = [_opened(data[begin:], tables, counts)]
             return
         at = begin + _LENGTH.size
         if len(data) < at or len(data) < at + _LENGTH.unpack_from(data, begin)[0]:
             raise BitstreamError(f"decompress: the coarsest grid ends behind byte {len(data)}; the stream is truncated")
         end = at + _LENGTH.unpack_from(data, begin)[0]
-        self._coarsest = _opened(data[at:end], tables, counts[:1])
-        self._finer = _opened(data[end:], mixtures, counts[1:])
+        self.decoders = [_opened(data[at:end], tables, counts[:1]), _opened(data[end:], mixtures, counts[1:])]
 
     def _mismatch(self, which: str) -> BitstreamError:
         return BitstreamError(_MISMATCH.format(which) + _WHY[self.portable])
 
-    def step(self, scale: int, levels: Tensor) -> Tensor:
-        """The symbols of the next step, int32 of the shape of its levels."""
-        if scale >= 0:
-            self._check.add(scale, levels)
-            if not self._expected.startswith(self._check.marks):
-                raise self._mismatch(f"grid {scale + 1}")
-        try:
-            return (self._finer if scale >= 0 else self._coarsest).decode(levels)
-        except BitstreamError as error:  # its own CRC was right, so that it was decoded with other levels
-            raise self._mismatch(f"grid {scale}") from error
+    def check(self, levels: Sequence[Tensor], failed: BitstreamError | None = None) -> None:
+        """Compares the levels, or mixtures' integers, that steps with parameters were decoded by with the encoder's.
 
-    def finish(self) -> None:
-        """Checks the parameters of all steps, and that nothing is left over."""
-        if self._check.value() != self._expected:
-            raise self._mismatch("the finest grids")
-        self._coarsest.finish()
-        if self._finer is not self._coarsest:
-            self._finer.finish()
+        levels: one a step, on the CPU. failed: what a decoder said of the last of them, or of the end.
+        """
+        if failed is not None and not levels:
+            raise failed
+        check, scale, finer = _Check(), -1, self._counts[1:]
+        for (scale, _), own in zip(finer, levels, strict=False):
+            check.add(scale, own)
+            if not self._expected.startswith(check.marks):
+                raise self._mismatch(f"grid {scale + 1}") from failed
+        if len(levels) < len(finer):  # each container's own CRC was right, so that it was decoded by other levels
+            raise self._mismatch(f"grid {scale}") from failed
+        if check.value() != self._expected:
+            raise self._mismatch("the finest grids") from failed
+        if failed is not None:
+            raise failed
 
 
 def _opened(data: bytes, tables: Tables | MixtureTables, counts: list[tuple[int, int]]) -> Decoder:

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from ..coding import MixtureTables, Tables, constant_tables, join_tables, mixture_tables
 from ..functional import factorized_rate, gaussian_rate, mixture_rate, pack_factorized
-from ._msp_coding import SCALE_BOUND, Visit, decoding, encoding, rounded
+from ._msp_coding import SCALE_BOUND, Visit, encoding, rounded
+from ._msp_decoding import Then, decompress
+from ._msp_graphs import Graphs
 from ._msp_integer import integer_networks, quantise_networks, watched
 from ._msp_network import PROFILES, GridNetwork, Profile
-from ._msp_stream import Reader, Writer
+from ._msp_stream import Writer
 from ._msp_tables import coarsest_tables
 from ._schedule import Schedule, Step
 from ._threads import number_of_threads
@@ -44,6 +46,11 @@ class MSPEntropyModel(nn.Module):
     eval mode. The default, 1, makes streams independent of torch.set_num_threads(), by which convolutions round
     otherwise; None leaves torch's number, and ties a stream to it. Training is not affected.
 
+    lanes: chains that compress() interleaves (lic_fast.coding.encode); a GPU decodes more side by side, for bytes.
+
+    cuda_graph: whether decompress() on a GPU replays a CUDA graph from the second image of a shape on; such images, and
+    the last few shapes' graphs, keep their memory. It is dropped where weights change or move.
+
     The coding tables of the coarsest grid are made by update() and belong to the state dict.
 
     Raises ValueError for profiles and sizes.
@@ -53,6 +60,8 @@ class MSPEntropyModel(nn.Module):
 
     exact = False
     threads: int | None = 1
+    lanes: int | str = "auto"
+    cuda_graph = True
 
     def __init__(self, channels: int, profile: str | Profile = "base", *, mixture: int = 1) -> None:
         super().__init__()
@@ -70,6 +79,7 @@ class MSPEntropyModel(nn.Module):
         self.register_module("integers", None)  # the portable networks, by make_portable() or from a state dict
         self.register_buffer("tables", torch.empty(0, dtype=torch.uint8))
         self._joined: tuple[bytes, Tables] | None = None
+        self._graphs = Graphs()
 
     # Traversal
 
@@ -335,39 +345,22 @@ class MSPEntropyModel(nn.Module):
 
     def _compress_one(self, y: Tensor, tables: Tables) -> bytes:
         grids = self._coding_grids()
-        writer = Writer(tables, self._mixtures, portable=grids is self.integers)
+        writer = Writer(tables, self._mixtures, portable=grids is self.integers, lanes=self.lanes)
         y = y.contiguous()
         y_hat = torch.empty_like(y)
         self._coded(y_hat, encoding(writer, y, y_hat, self._medians(), tables, self._mixtures), grids)
         return writer.finish()
 
     @torch.no_grad()
-    def decompress(self, strings: Sequence[bytes], shape: Sequence[int]) -> Tensor:
+    def decompress(self, strings: Sequence[bytes], shape: Sequence[int], *, then: Then | None = None) -> Tensor:
         """y_hat [B, C, *shape] fp32, on the model's device, of B streams of compress(); shape: (H, W).
+
+        then: what is made of y_hat, and returned in its place; of one stream on a GPU in the same graph.
 
         Raises BitstreamError (a ValueError) for streams that are truncated, damaged, of another shape, or made where
         parameters come out otherwise (other weights, machine, torch, number of threads); ValueError for the shape.
         """
-        height, width = (int(side) for side in shape)
-        if height < 1 or width < 1:
-            raise ValueError(f"MSPEntropyModel.decompress: shape must be (H, W), 1 at least, got {tuple(shape)}")
-        tables = self._codable("decompress")
-        sizes = zip(self.schedule.steps, self.schedule.counts(height, width), strict=True)
-        counts = [(step.scale, count) for step, count in sizes if count]
-        portable = self.integers is not None
-        # before anything is allocated
-        readers = [Reader(stream, tables, counts, portable, self._mixtures) for stream in strings]
-        device, size = self.bottleneck.quantiles.device, (1, self.schedule.channels, height, width)
-        samples = [torch.empty(0, *size[1:], device=device)]
-        for reader in readers:
-            samples.append(torch.empty(size, device=device))
-            self._decompress_one(reader, samples[-1], tables)
-        return torch.cat(samples)
-
-    def _decompress_one(self, reader: Reader, y_hat: Tensor, tables: Tables) -> None:
-        grids = self.integers if reader.portable else self.grids
-        self._coded(y_hat, decoding(reader, y_hat, self._medians(), tables, self._mixtures), grids)
-        reader.finish()
+        return decompress(self, strings, shape, then)
 
     def _coded(self, y_hat: Tensor, visit: Visit, grids: nn.ModuleList) -> None:
         with torch.autocast(y_hat.device.type, enabled=False), self._own_threads(y_hat, grids):
