@@ -2,6 +2,8 @@
 VENV ?= .venv
 PYTHON ?= python3
 RUN := $(VENV)/bin/python
+# A process of tests a core; waiting threads sleep, for a process has threads of its own.
+PYTEST = OMP_WAIT_POLICY=passive $(RUN) -m pytest -q -n auto --maxprocesses 8
 SOURCES := $(shell find csrc -type f) lic_fast/_build.py
 OPS := $(basename $(notdir $(wildcard lic_fast/ops/[a-z]*.py)))
 
@@ -11,7 +13,7 @@ demo: native
 	$(RUN) -m lic_fast.benchmarks.demo
 
 test: native
-	$(RUN) -m pytest -q
+	$(PYTEST)
 	$(MAKE) test-interpret
 
 # A virtual environment with torch, then lic_fast in place with all that tests, training and benchmarks need.
@@ -29,7 +31,7 @@ lic_fast/_build_info.json: $(SOURCES) | $(VENV)/.installed
 
 # Triton kernels on the CPU, in a process of their own: the interpreter has to be on before triton is imported.
 test-interpret: native
-	TRITON_INTERPRET=1 $(RUN) -m pytest -q -k triton $(OPS:%=tests/test_%.py) $(wildcard tests/test_triton_*.py)
+	TRITON_INTERPRET=1 $(PYTEST) -k triton $(OPS:%=tests/test_%.py) $(wildcard tests/test_triton_*.py)
 
 compile-kernels: native
 	$(RUN) -m pytest -q tests/test_compile_kernels.py tests/test_packaging.py
