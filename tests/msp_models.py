@@ -16,7 +16,7 @@ def small(mixture: int = 1, portable: bool = False, seed: int = 0) -> MSPEntropy
     torch.manual_seed(seed)
     model = MSPEntropyModel(5, SMALL, mixture=mixture).eval()
     with torch.no_grad():
-        for head in (head for grid in model.grids for head in grid.heads):
+        for head in model.network.heads:
             head.parameters_of.weight.mul_(6)
         model.bottleneck.quantiles[:, 0, 1] += torch.randn(5)
     model.update()

@@ -31,7 +31,7 @@ def _small(seed: int = 0, channels: int = 5, profile: str | Profile = SMALL, mix
     torch.manual_seed(seed)
     model = MSPEntropyModel(channels, profile, mixture=mixture)
     with torch.no_grad():
-        for head in (head for grid in model.grids for head in grid.heads):
+        for head in model.network.heads:
             head.parameters_of.weight.mul_(6)
         model.bottleneck.quantiles[:, 0, 1] += torch.randn(channels)
     model.update()
@@ -210,7 +210,7 @@ def test_the_latent_rounds_about_the_means_with_the_derivative_one() -> None:
 def test_a_mixture_of_one_family_twice_is_one_gaussian() -> None:
     model = small(mixture=2)
     with torch.no_grad():
-        for head in (head for grid in model.grids for head in grid.heads):
+        for head in model.network.heads:
             weight, bias = head.parameters_of.weight, head.parameters_of.bias
             c = len(bias) // 6
             for first in (0, 2 * c, 4 * c):
@@ -288,7 +288,7 @@ def test_other_weights_are_refused_before_they_decode_noise(coded) -> None:
     model, data, _ = coded
     other = copy.deepcopy(model)
     with torch.no_grad():
-        other.grids[0].heads[1].parameters_of.bias.mul_(1.5)
+        other.network.heads[1].parameters_of.bias.mul_(1.5)
     with pytest.raises(BitstreamError, match="parameters of grid 1 are not those of the encoder"):
         other.decompress([data], (8, 8))
     density = small(seed=1)
@@ -373,7 +373,7 @@ def test_mixtures_come_back_at_what_they_promise(mixture: int, sides: tuple[int,
 def test_streams_of_mixtures_and_of_one_gaussian_are_told_apart() -> None:
     one, three, other = small(), small(mixture=3), small(mixture=3)
     with torch.no_grad():
-        other.grids[0].heads[0].parameters_of.bias += 0.5
+        other.network.heads[0].parameters_of.bias += 0.5
     y = torch.randn(1, 5, 8, 8, generator=torch.Generator().manual_seed(3))
     with pytest.raises(BitstreamError, match="this model codes by one Gaussian, the stream by mixtures"):
         one.decompress(three.compress(y), (8, 8))

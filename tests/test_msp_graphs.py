@@ -125,13 +125,13 @@ def test_the_pixels_are_of_the_same_recording(graphs) -> None:
 def changed(model: MSPEntropyModel, what: str) -> None:
     if what == "in place":
         with torch.no_grad():
-            model.grids[0].heads[0].parameters_of.bias += 0.25
+            model.network.heads[0].parameters_of.bias += 0.25
     elif what == "moved":
         model.double().float()
     elif what == "loaded":
         model.load_state_dict(small(seed=3).state_dict())
     elif what == "a layer":
-        model.grids[1].enter = torch.nn.Conv2d(10, 8, 3, padding=1)
+        model.network.heads[1].hidden[0] = torch.nn.Conv2d(8, 8, 1)
     else:
         with torch.no_grad():
             model.bottleneck.quantiles += 1.0
@@ -165,7 +165,7 @@ def test_a_longer_stream_than_all_before_makes_new_room(graphs, monkeypatch) -> 
         rooms.append(kind.slots.rooms[0])
     assert rooms[0] == rooms[1] < rooms[2] == rooms[5] and graphs.made == 2
     with torch.no_grad():
-        model.grids[0].enter.bias += 0.5
+        model.network.biases += 0.5
     quiet = model.compress(torch.zeros(1, 5, 16, 16))[0]
     model.decompress([quiet], (16, 16))
     (kind,) = model._graphs._kinds.values()
@@ -193,7 +193,7 @@ def test_what_a_replay_decodes_wrongly_is_an_error(graphs) -> None:
     """Containers that are whole, of an encoder with other weights: what the replay gives is never returned."""
     model, other = small(), small()
     with torch.no_grad():
-        other.grids[0].heads[1].parameters_of.bias.mul_(1.5)
+        other.network.heads[1].parameters_of.bias.mul_(1.5)
     y = images(1, 9, 16)[0]
     strings, foreign = model.compress(y), other.compress(y)
     expected = [model.decompress(strings, (9, 16)) for _ in range(2)][-1]

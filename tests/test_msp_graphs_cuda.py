@@ -95,7 +95,7 @@ def test_a_codec_decodes_by_one_cuda_graph() -> None:
 def test_a_cuda_graph_returns_no_noise() -> None:
     model, other = small().cuda(), small().cuda()
     with torch.no_grad():
-        other.grids[0].heads[1].parameters_of.bias.mul_(1.5)
+        other.network.heads[1].parameters_of.bias.mul_(1.5)
     y = images(1, 9, 16)[0].cuda()
     strings, foreign = model.compress(y), other.compress(y)
     expected = [model.decompress(strings, (9, 16)) for _ in range(2)][-1]

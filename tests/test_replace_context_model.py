@@ -89,7 +89,7 @@ def test_gradients_reach_transforms_that_are_not_frozen() -> None:
     codec = replace_context_model(build_model("mbt2018-mean", (8, 12)), SMALL)
     output = codec(torch.rand(1, 3, 64, 64))
     (output["x_hat"].square().mean() - output["likelihoods"]["y"].log2().mean()).backward()
-    parts = (codec.g_a, codec.g_s, codec.entropy_model.grids)
+    parts = (codec.g_a, codec.g_s, codec.entropy_model.network)
     assert all(p.grad is not None and p.grad.isfinite().all() for part in parts for p in part.parameters())
 
 

@@ -88,12 +88,12 @@ def _decode(
     model: MSPEntropyModel, reader: Reader, shape: tuple[int, int], tables: Tables, then: Then | None
 ) -> Tensor:
     """y_hat [1, C, *shape] of an opened stream, or what `then` makes of it. Raises BitstreamError."""
-    device, grids = model.bottleneck.quantiles.device, model.integers if reader.portable else model.grids
+    device, network = model.bottleneck.quantiles.device, model.integers if reader.portable else model.network
 
     def steps(slots: Slots, levels: list[Tensor]) -> Tensor:
         y_hat = torch.empty((1, model.schedule.channels, *shape), device=device)
         visit = decoding(slots, y_hat, model._medians(), tables, model._mixtures, levels)
-        model._coded(y_hat, visit, grids)
+        model._coded(y_hat, visit, network)
         slots.finish_()
         return y_hat
 
@@ -105,7 +105,7 @@ def _decode(
 
     if graphs_apply(model, device):
         key = (shape, reader.portable, device, then, _numerics())
-        modules = (model, model.bottleneck, *grids.modules(), *(() if then is None else then.modules()))
+        modules = (model, model.bottleneck, *network.modules(), *(() if then is None else then.modules()))
         return model._graphs.run(key, reader.decoders, device, modules, whole, lambda log: log.judge(reader))
     slots, levels, failed = Slots(reader.decoders, coder_device(device)), [], None
     y_hat = torch.empty(0)

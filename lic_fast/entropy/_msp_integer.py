@@ -1,26 +1,24 @@
-"""The portable parameter networks of MSPEntropyModel: GridNetwork in integers (docs/MSP.md, "Portable").
+"""The portable parameter network of MSPEntropyModel: ContextNetwork in integers (docs/MSP.md, "Portable").
 
 Values are fixed point: a tensor holds round(value * 2**fraction) as int16, saturated at +-LIMIT; weights have a
-fraction an output, as fine as 32-bit sums allow. A network has one fraction for the latent, one for its state, one for
-the tensor between two convolutions. Only the edges are floats, where every operation is exact: the latent times a power
+fraction an output, as fine as 32-bit sums allow. There is one fraction for the latent, one for the states, one for the
+tensor between two convolutions. Only the edges are floats, where every operation is exact: the latent times a power
 of two, and parameters that are integers below 2**24 times a power of two.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..functional import integer_conv2d, integer_conv2d_pack
-from ._msp_network import GridNetwork, with_magnitudes
-from ._schedule import Schedule
+from ._msp_network import ContextNetwork, Prepared, Profile, dropped, padded, waiting, with_magnitudes
+from ._schedule import PHASES, Schedule, Step
 
 LIMIT = 16383
 _HEADROOM = 2  # an activation may be so many times what the calibration saw before it saturates
@@ -31,35 +29,43 @@ _LEAST_LATENT = 4.0  # what a latent reaches at least, whatever the calibration 
 
 
 class IntegerConv(nn.Module):
-    """Weights of one convolution; called with int16 [B, C, h, w], gives int16, or int32 where `head`."""
+    """Weights of one convolution; called with int16 [B, C, h, w], gives int16, or int32 where `head`.
+
+    biases: how many there are to choose from when it is called, for one weight.
+    """
 
     weight: Tensor
     bias: Tensor
     shift: Tensor
 
-    def __init__(self, inputs: int, outputs: int, side: int, *, leaky: bool, head: bool = False) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, side: int, *, leaky: bool, head: bool = False, biases: int = 1
+    ) -> None:
         super().__init__()
         self.leaky, self.limit = leaky, None if head else LIMIT
         self.register_buffer("weight", torch.zeros(outputs, inputs, side, side, dtype=torch.int16))
-        self.register_buffer("bias", torch.zeros(outputs, dtype=torch.int32))
+        self.register_buffer("bias", torch.zeros(biases, outputs, dtype=torch.int32))
         self.register_buffer("shift", torch.zeros(outputs, dtype=torch.int32))
         self._packed: Tensor | None = None
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None, *, bias: int = 0) -> Tensor:
         if self._packed is None:
             self._packed = integer_conv2d_pack(self.weight)
         return integer_conv2d(
-            x, self.weight, self.bias, self.shift, residual=residual, leaky=self.leaky, limit=self.limit,
+            x, self.weight, self.bias[bias], self.shift, residual=residual, leaky=self.leaky, limit=self.limit,
             packed=self._packed,
         )  # fmt: skip
 
-    def quantise(self, conv: nn.Conv2d, fraction_in: int, fraction_out: int | Tensor) -> Tensor:
-        """Takes the weights of conv, from and to values of so many fraction bits; returns those of each output.
+    def quantise(self, weight: Tensor, bias: Tensor | None, fraction_in: int, fraction_out: int | Tensor) -> Tensor:
+        """Takes a convolution's weights, from and to values of so many fraction bits; returns those of the outputs.
+
+        weight [O, C, k, k]; bias [O], or [biases, O].
 
         As many as asked for; where the sums cannot have them, a head gives fewer. Raises ValueError for another.
         """
-        weight = conv.weight.detach().cpu().double()
-        bias = torch.zeros(len(weight)).double() if conv.bias is None else conv.bias.detach().cpu().double()
+        weight = weight.detach().cpu().double()
+        bias = torch.zeros(len(weight)).double() if bias is None else bias.detach().cpu().double()
+        bias = torch.atleast_2d(bias)
         finest = _finest(weight, bias, fraction_in)
         spare = _EXACT if self.limit is None else 0
         asked = torch.as_tensor(fraction_out).expand(len(weight))
@@ -92,7 +98,7 @@ def _finest(weight: Tensor, bias: Tensor, fraction_in: int) -> Tensor:
     found = torch.full((len(weight),), _FINEST)
     while True:
         scaled = (weight * 2.0 ** found.view(-1, 1, 1, 1)).round().abs().flatten(1)
-        constant = (bias * 2.0 ** (found + fraction_in)).abs()
+        constant = bias.abs().amax(0) * 2.0 ** (found + fraction_in)
         over = (scaled.amax(1) > 32767) | (scaled.sum(1) * LIMIT + constant + 2.0**29 >= 2.0**31)
         if not over.any():
             return found
@@ -104,93 +110,89 @@ def _finest(weight: Tensor, bias: Tensor, fraction_in: int) -> Tensor:
 class _Head(nn.Module):
     units: Tensor
 
-    def __init__(self, width: int, channels: int) -> None:
+    def __init__(self, width: int, depth: int, channels: int) -> None:
         super().__init__()
-        self.near = IntegerConv(width, width, 3, leaky=True)
-        self.mix = IntegerConv(width, width, 1, leaky=True)
+        self.hidden = nn.ModuleList(IntegerConv(width, width, 1, leaky=True) for _ in range(depth))
         self.parameters_of = IntegerConv(width, 2 * channels, 1, leaky=True, head=True)
         self.register_buffer("units", torch.zeros(2 * channels, 1, 1))
 
     def forward(self, state: Tensor) -> Tensor:
-        return self.parameters_of(self.mix(self.near(state))).float() * self.units
+        for layer in self.hidden:
+            state = layer(state)
+        return self.parameters_of(state).float() * self.units
 
 
-class IntegerGridNetwork(nn.Module):
-    """GridNetwork's part in a traversal: the same methods, the latent and the parameters in fp32, the state int16."""
+class IntegerContextNetwork(nn.Module):
+    """ContextNetwork's part in a traversal: the same methods, the latent and the parameters in fp32, states int16."""
 
     unit: Tensor
 
-    def __init__(self, schedule: Schedule, scale: int, width: int, depth: int) -> None:
+    def __init__(self, schedule: Schedule, profile: Profile) -> None:
         super().__init__()
-        twin = functools.partial(IntegerConv, leaky=False)
-        steps = schedule.at(scale)
+        self.width, self.groups = profile.width, schedule.groups
         self.register_buffer("unit", torch.ones(()))
-        self.enter = twin(2 * schedule.channels, width, 3)
-        self.lift = IntegerConv(width, 4 * width, 1, leaky=True) if scale < schedule.scales - 1 else None
-        self.trunk = nn.ModuleList(IntegerConv(width, width, 3, leaky=True) for _ in range(2 * depth))
-        embedded = steps if scale > 0 else steps[:-1]
-        self.embed = nn.ModuleList(twin(2 * (s.last - s.first), width, 3) for s in embedded)
-        self.heads = nn.ModuleList(_Head(width, s.last - s.first) for s in steps)
+        phases = len(PHASES)
+        self.enter = IntegerConv(2 * schedule.channels, phases * self.width, 3, leaky=False, biases=schedule.scales)
+        self.parts = nn.ModuleDict()  # by the phase and group of what they take in
+        for step in schedule.at(0):
+            outputs = (phases - waiting(step, self)) * self.width
+            if outputs:
+                self.parts[_name(step)] = IntegerConv(2 * (step.last - step.first), outputs, 3, leaky=False)
+        bounds = map(schedule.bounds, range(schedule.groups))
+        self.heads = nn.ModuleList(_Head(self.width, profile.depth, b - a) for a, b in bounds)
+        self._steps = schedule.at(0)
 
-    def open(self, coarse: Tensor, below: Tensor | None) -> Tensor:
-        """As GridNetwork.open: coarse fp32, below and the result int16."""
-        x, lifted = self._integers(coarse), None
-        if self.lift is not None:
-            lifted = F.pixel_shuffle(self.lift(below), 2)[:, :, : x.shape[2], : x.shape[3]]
-        state = self.enter(x, lifted)
-        for first, second in zip(self.trunk[::2], self.trunk[1::2], strict=True):
-            state = second(first(state), state)
-        return state
+    def prepared(self) -> IntegerContextNetwork:
+        """The network for one traversal."""
+        return self
 
-    def add(self, state: Tensor, number: int, part: Tensor) -> Tensor:
-        """As GridNetwork.add: part fp32."""
-        if number >= len(self.embed):
+    def open(self, scale: int, coarse: Tensor) -> Tensor:
+        """As Prepared.open: coarse fp32, the states int16."""
+        return self.enter(self._integers(coarse), bias=scale)
+
+    def parameters(self, state: Tensor, step: Step) -> Tensor:
+        """As Prepared.parameters, in fp32."""
+        return self.heads[step.group](state[:, : self.width])
+
+    def add(self, state: Tensor, step: Step, part: Tensor | None) -> Tensor:
+        """As Prepared.add: part fp32."""
+        state = dropped(state, step, self)
+        if part is None or _name(step) not in self.parts:
             return state
-        beyond = (0, state.shape[3] - part.shape[3], 0, state.shape[2] - part.shape[2])
-        return self.embed[number](self._integers(F.pad(part, beyond) if any(beyond) else part), state)
+        return self.parts[_name(step)](self._integers(padded(part, state)), state)
 
     def _integers(self, y: Tensor) -> Tensor:
         return with_magnitudes((y * self.unit).round_().clamp_(-LIMIT, LIMIT).to(torch.int16))
 
-    def quantise(self, network: GridNetwork, most: dict[str, float], below: int) -> int:
-        """Takes the weights of a float network whose values reach `most`; below: the fraction of the state of the
-        grid below. Returns that of the state."""
+    def quantise(self, found: _Watched) -> None:
+        """Takes the weights of the float network that was watched. Raises ValueError."""
+        network, most = found.network, found.most
+        if "state" not in most:
+            raise ValueError("MSPEntropyModel.make_portable: no latents, got none to calibrate with; pass some")
+        if not all(parameter.isfinite().all() for parameter in network.parameters()):
+            raise ValueError("MSPEntropyModel.make_portable: the weights are not finite; use an earlier checkpoint")
         latent, state = (_fraction(most[name]) for name in ("latent", "state"))
         self.unit.fill_(2.0**latent)
-        self.enter.quantise(network.enter, latent, state)
-        if self.lift is not None:
-            self.lift.quantise(network.lift, below, state)
-        for i, block in enumerate(network.trunk):
-            between = _fraction(most.get(f"trunk.{i}.first", 0.0))
-            self.trunk[2 * i].quantise(block.first, state, between)
-            self.trunk[2 * i + 1].quantise(block.second, between, state)
-        for mine, conv in zip(self.embed, network.embed, strict=True):
-            mine.quantise(conv, latent, state)
+        channels = network.kernel.shape[2]
+        self.enter.quantise(network.weight((0, 0), 0, channels, 0), network.biases, latent, state)
+        for step in self._steps:
+            if _name(step) in self.parts:
+                weight = network.weight(step.phase, step.first, step.last, waiting(step, network))
+                self.parts[_name(step)].quantise(weight, None, latent, state)
         for i, (mine, head) in enumerate(zip(self.heads, network.heads, strict=True)):
-            near, mix = (_fraction(most.get(f"heads.{i}.{name}", 0.0)) for name in ("near", "mix"))
-            mine.near.quantise(head.near, state, near)
-            mine.mix.quantise(head.mix, near, mix)
+            before = state
+            for j, (layer, conv) in enumerate(zip(mine.hidden, head.hidden, strict=True)):
+                after = _fraction(most.get(f"heads.{i}.hidden.{j}", 0.0))
+                layer.quantise(conv.weight, conv.bias, before, after)
+                before = after
             wanted = torch.tensor([_SCALE_FRACTION, _MEAN_FRACTION]).repeat_interleave(len(mine.units) // 2)
-            given = mine.parameters_of.quantise(head.parameters_of, mix, wanted)
+            last = head.parameters_of
+            given = mine.parameters_of.quantise(last.weight, last.bias, before, wanted)
             mine.units.copy_((2.0**-given).view(-1, 1, 1))
-        return state
 
 
-def integer_networks(schedule: Schedule, width: int, depth: int) -> nn.ModuleList:
-    """One for each grid, as MSPEntropyModel has them, without weights."""
-    scales = reversed(range(schedule.scales))
-    return nn.ModuleList(IntegerGridNetwork(schedule, scale, width, depth) for scale in scales)
-
-
-def quantise_networks(integers: nn.ModuleList, found: list[_Watched]) -> None:
-    """Gives integer networks the weights of the float ones that were watched. Raises ValueError."""
-    below = 0
-    for integer, stand_in in zip(integers, found, strict=True):
-        if "state" not in stand_in.most:
-            raise ValueError("MSPEntropyModel.make_portable: no latents, got none to calibrate with; pass some")
-        if not all(parameter.isfinite().all() for parameter in stand_in.network.parameters()):
-            raise ValueError("MSPEntropyModel.make_portable: the weights are not finite; use an earlier checkpoint")
-        below = integer.quantise(stand_in.network, stand_in.most, below)
+def _name(step: Step) -> str:
+    return f"{step.phase[0]}{step.phase[1]}_{step.group}"
 
 
 def _fraction(most: float) -> int:
@@ -199,44 +201,49 @@ def _fraction(most: float) -> int:
 
 
 class _Watched:
-    """A GridNetwork in a traversal, and in `most` the largest magnitudes of its values."""
+    """A ContextNetwork in a traversal, and in `most` the largest magnitudes of its values."""
 
-    def __init__(self, network: GridNetwork) -> None:
-        self.network, self.heads, self.most = network, network.heads, {"latent": _LEAST_LATENT}
+    def __init__(self, network: ContextNetwork) -> None:
+        self.network, self.most = network, {"latent": _LEAST_LATENT}
+        self._prepared: Prepared | None = None
 
-    def see(self, name: str, *values: Tensor) -> None:
-        for value in values:
+    def prepared(self) -> _Watched:
+        self._prepared = self.network.prepared()
+        return self
+
+    def see(self, name: str, value: Tensor) -> None:
+        if value.numel():
             self.most[name] = max(self.most.get(name, 0.0), float(value.detach().abs().amax()))
 
-    def open(self, coarse: Tensor, below: Tensor | None) -> Tensor:
+    def open(self, scale: int, coarse: Tensor) -> Tensor:
         self.see("latent", coarse)
-        state = self.network.open(coarse, below)
+        state = self._prepared.open(scale, coarse)
         self.see("state", state)
         return state
 
-    def add(self, state: Tensor, number: int, part: Tensor) -> Tensor:
-        self.see("latent", part)
-        state = self.network.add(state, number, part)
+    def parameters(self, state: Tensor, step: Step) -> Tensor:
+        return self._prepared.parameters(state, step)
+
+    def add(self, state: Tensor, step: Step, part: Tensor | None) -> Tensor:
+        if part is not None:
+            self.see("latent", part)
+        state = self._prepared.add(state, step, part)
         self.see("state", state)
         return state
 
 
 @contextmanager
-def watched(grids: nn.ModuleList) -> Iterator[list[_Watched]]:
-    """The grids' stand-ins for a traversal; what their values reach is in their `most`."""
-    found, handles = [_Watched(grid) for grid in grids], []
+def watched(network: ContextNetwork) -> Iterator[_Watched]:
+    """The network's stand-in for a traversal; what its values reach is in its `most`."""
+    found, handles = _Watched(network), []
 
-    def hook(stand_in: _Watched, name: str, *, inputs: bool) -> Callable[..., None]:
-        return lambda module, args, output: stand_in.see(name, output, *(args if inputs else ()))
+    def hook(name: str) -> Callable[..., None]:
+        return lambda module, args, output: found.see(name, output)
 
     try:
-        for stand_in in found:
-            for name, module in stand_in.network.named_modules():
-                last = name.rpartition(".")[2]
-                if last in ("first", "near", "mix"):
-                    handles.append(module.register_forward_hook(hook(stand_in, name, inputs=False)))
-                elif name.startswith("trunk.") and last.isdigit():
-                    handles.append(module.register_forward_hook(hook(stand_in, "state", inputs=True)))
+        for name, module in network.named_modules():
+            if name.rpartition(".")[0].endswith(".hidden"):
+                handles.append(module.register_forward_hook(hook(name)))
         yield found
     finally:
         for handle in handles:

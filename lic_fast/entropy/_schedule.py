@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-_PHASES = ((1, 1), (0, 1), (1, 0))  # the diagonal has four known neighbours, the other two then have six and more
+PHASES = ((1, 1), (0, 1), (1, 0))  # the diagonal has four known neighbours, the other two then have six and more
 _MOST_SCALES = 16
 
 
@@ -72,7 +72,7 @@ class Schedule:
         object.__setattr__(self, "_steps", self._make())
 
     def __len__(self) -> int:
-        return 1 + len(_PHASES) * self.scales * self.groups
+        return 1 + len(PHASES) * self.scales * self.groups
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -90,7 +90,7 @@ class Schedule:
     def _make(self) -> tuple[Step, ...]:
         steps = [Step(0, -1, (0, 0), 0, 0, self.channels, (0, 0), 1 << self.scales)]
         for scale in reversed(range(self.scales)):
-            for i, j in _PHASES:
+            for i, j in PHASES:
                 for group in range(self.groups):
                     place = (i << scale, j << scale)
                     steps.append(Step(len(steps), scale, (i, j), group, *self.bounds(group), place, 2 << scale))

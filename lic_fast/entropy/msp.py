@@ -14,8 +14,8 @@ from ..functional import factorized_rate, gaussian_rate, mixture_rate, pack_fact
 from ._msp_coding import SCALE_BOUND, Visit, encoding, rounded
 from ._msp_decoding import Then, decompress
 from ._msp_graphs import Graphs
-from ._msp_integer import integer_networks, quantise_networks, watched
-from ._msp_network import PROFILES, GridNetwork, Profile
+from ._msp_integer import IntegerContextNetwork, watched
+from ._msp_network import PROFILES, ContextNetwork, Profile
 from ._msp_stream import Writer
 from ._msp_tables import coarsest_tables
 from ._schedule import Schedule, Step
@@ -72,10 +72,7 @@ class MSPEntropyModel(nn.Module):
             raise ValueError(f"MSPEntropyModel: mixture must be 1 to 16 components, got {mixture}")
         self.schedule, self.profile, self.mixture = Schedule(channels, sizes.scales, sizes.groups), sizes, mixture
         self.bottleneck = EntropyBottleneck(channels)
-        self.grids = nn.ModuleList(
-            GridNetwork(self.schedule, scale, sizes.width, sizes.depth, mixture)
-            for scale in reversed(range(sizes.scales))
-        )
+        self.network = ContextNetwork(self.schedule, sizes, mixture)
         self.register_module("integers", None)  # the portable networks, by make_portable() or from a state dict
         self.register_buffer("tables", torch.empty(0, dtype=torch.uint8))
         self._joined: tuple[bytes, Tables] | None = None
@@ -83,30 +80,26 @@ class MSPEntropyModel(nn.Module):
 
     # Traversal
 
-    def _traverse(self, y: Tensor, visit: Visit, grids: Sequence[Any] | None = None) -> None:
+    def _traverse(self, y: Tensor, visit: Visit, network: Any = None) -> None:
         """Visits every step that has elements, in order, with its parameters (None for the coarsest grid).
 
         visit returns the step's values [B, c, h, w], contiguous; grids are read from y, where they are by then. Through
-        the float networks, or `grids`.
+        the float network, or `network`.
         """
-        grids = self.grids if grids is None else grids
+        network = (self.network if network is None else network).prepared()
         coarsest = self.schedule.steps[0]
         visit(coarsest, None)
-        state = None
-        for network, scale in zip(grids, reversed(range(self.profile.scales)), strict=True):
+        for scale in reversed(range(self.profile.scales)):
             # a copy even where it is all of y: where there are gradients, steps write into y what these go through
             coarse = y[:, :, :: 2 << scale, :: 2 << scale].clone(memory_format=torch.contiguous_format)
-            state = network.open(coarse, state)
-            for number, step in enumerate(self.schedule.at(scale)):
+            state = network.open(scale, coarse)
+            for step in self.schedule.at(scale):
                 h, w = step.sides(*y.shape[2:])
-                if h and w:
-                    parameters = network.heads[number](state)[:, :, :h, :w]
-                    state = network.add(state, number, visit(step, parameters))
+                part = visit(step, network.parameters(state, step)[:, :, :h, :w]) if h and w else None
+                state = network.add(state, step, part)
 
-    def _given(
-        self, y_hat: Tensor, visit: Callable[[Step, Tensor | None], None], grids: Sequence[Any] | None = None
-    ) -> None:
-        """_traverse where all values are known; through the float networks, or `grids`."""
+    def _given(self, y_hat: Tensor, visit: Callable[[Step, Tensor | None], None], network: Any = None) -> None:
+        """_traverse where all values are known; through the float network, or `network`."""
         parts = self.schedule.pack(y_hat).split(self.schedule.counts(*y_hat.shape[2:]), 1)
 
         def known(step: Step, parameters: Tensor | None) -> Tensor:
@@ -114,14 +107,12 @@ class MSPEntropyModel(nn.Module):
             h, w = step.sides(*y_hat.shape[2:])
             return parts[step.index].reshape(len(y_hat), -1, h, w)
 
-        self._traverse(y_hat, known, grids)
+        self._traverse(y_hat, known, network)
 
-    def _grown(
-        self, y_hat: Tensor, code: Callable[[Step, Tensor, Tensor | None], Tensor], grids: Sequence[Any] | None = None
-    ) -> None:
+    def _grown(self, y_hat: Tensor, code: Callable[[Step, Tensor, Tensor | None], Tensor], network: Any = None) -> None:
         """_traverse where code(step, means, parameters) gives the rounded differences from the means; fills y_hat.
 
-        Through the networks that `exact` says, or `grids`.
+        Through the network that `exact` says, or `network`.
         """
 
         def grow(step: Step, parameters: Tensor | None) -> Tensor:
@@ -136,15 +127,15 @@ class MSPEntropyModel(nn.Module):
             place.copy_(values)
             return values
 
-        grids = self._coding_grids() if grids is None else grids
-        with self._own_threads(y_hat, grids):
-            self._traverse(y_hat, grow, grids)
+        network = self._coding_network() if network is None else network
+        with self._own_threads(y_hat, network):
+            self._traverse(y_hat, grow, network)
 
-    def _coding_grids(self) -> nn.ModuleList:
-        return self.integers if self.exact and self.integers is not None else self.grids
+    def _coding_network(self) -> nn.Module:
+        return self.integers if self.exact and self.integers is not None else self.network
 
-    def _own_threads(self, y: Tensor, grids: Sequence[Any] | None = None) -> contextlib.AbstractContextManager[None]:
-        free = self.threads is None or not y.is_cpu or (grids is not None and grids is self.integers)
+    def _own_threads(self, y: Tensor, network: Any = None) -> contextlib.AbstractContextManager[None]:
+        free = self.threads is None or not y.is_cpu or (network is not None and network is self.integers)
         return contextlib.nullcontext() if free else number_of_threads(self.threads)
 
     def _medians(self) -> Tensor:
@@ -159,9 +150,9 @@ class MSPEntropyModel(nn.Module):
         Raises ValueError for the shape.
         """
         found: list[tuple[Step, Tensor]] = []
-        grids = self._coding_grids()
-        with self._own_threads(y_hat, grids):
-            self._given(y_hat, lambda step, p: None if p is None else found.append((step, p)), grids)
+        network = self._coding_network()
+        with self._own_threads(y_hat, network):
+            self._given(y_hat, lambda step, p: None if p is None else found.append((step, p)), network)
         return found
 
     # Likelihoods
@@ -201,7 +192,7 @@ class MSPEntropyModel(nn.Module):
                 return rounded(step.of(y), means) if quantize is None else quantize(step.of(y) - means)
 
             with torch.set_grad_enabled(quantize is not None and torch.is_grad_enabled()):
-                self._grown(values, quantised, None if quantize is None else self.grids)
+                self._grown(values, quantised, None if quantize is None else self.network)
         parameters = torch.cat([y.new_empty((len(y), self._kinds, 0)), *packed], 2)
         likelihoods = self.schedule.unpack(self._likelihoods(values, parameters), *y.shape[2:])
         return self._straight_through(y, parameters) if training else values, likelihoods
@@ -278,13 +269,13 @@ class MSPEntropyModel(nn.Module):
             raise ValueError(
                 f"MSPEntropyModel.{f}: mixtures have no integer networks, got {self.mixture}; use mixture=1"
             )
-        with watched(self.grids) as grids:
+        with watched(self.network) as network:
             for y in [latents] if isinstance(latents, Tensor) else latents:
                 y = self._finite(f, y)
                 with torch.autocast(y.device.type, enabled=False):
-                    self._grown(torch.empty_like(y), lambda s, means, _, y=y: rounded(s.of(y), means), grids)
+                    self._grown(torch.empty_like(y), lambda s, means, _, y=y: rounded(s.of(y), means), network)
         made = self._new_integers()
-        quantise_networks(made, grids)
+        made.quantise(network)
         self.integers, self.exact = made, True
 
     @torch.no_grad()
@@ -344,11 +335,11 @@ class MSPEntropyModel(nn.Module):
         return [self._compress_one(sample[None], tables) for sample in y]
 
     def _compress_one(self, y: Tensor, tables: Tables) -> bytes:
-        grids = self._coding_grids()
-        writer = Writer(tables, self._mixtures, portable=grids is self.integers, lanes=self.lanes)
+        network = self._coding_network()
+        writer = Writer(tables, self._mixtures, portable=network is self.integers, lanes=self.lanes)
         y = y.contiguous()
         y_hat = torch.empty_like(y)
-        self._coded(y_hat, encoding(writer, y, y_hat, self._medians(), tables, self._mixtures), grids)
+        self._coded(y_hat, encoding(writer, y, y_hat, self._medians(), tables, self._mixtures), network)
         return writer.finish()
 
     @torch.no_grad()
@@ -362,9 +353,9 @@ class MSPEntropyModel(nn.Module):
         """
         return decompress(self, strings, shape, then)
 
-    def _coded(self, y_hat: Tensor, visit: Visit, grids: nn.ModuleList) -> None:
-        with torch.autocast(y_hat.device.type, enabled=False), self._own_threads(y_hat, grids):
-            self._traverse(y_hat, visit, grids)
+    def _coded(self, y_hat: Tensor, visit: Visit, network: nn.Module) -> None:
+        with torch.autocast(y_hat.device.type, enabled=False), self._own_threads(y_hat, network):
+            self._traverse(y_hat, visit, network)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         new = state_dict.get(prefix + "tables")
@@ -374,8 +365,8 @@ class MSPEntropyModel(nn.Module):
         self.register_module("integers", self._new_integers() if self.exact else None)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _new_integers(self) -> nn.ModuleList:
-        made = integer_networks(self.schedule, self.profile.width, self.profile.depth)
+    def _new_integers(self) -> nn.Module:
+        made = IntegerContextNetwork(self.schedule, self.profile)
         return made.to(self.bottleneck.quantiles.device)
 
 
