@@ -26,6 +26,7 @@ OPS = (
     "gdn",
     "channel_norm",
     "ddim_update",
+    "q_sample",
     "mixture_rate",
     "factorized_rate",
 )

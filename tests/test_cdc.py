@@ -21,6 +21,7 @@ image_module = pytest.importorskip("PIL.Image")
 from lic_fast.codec import CDC, CDC_NAMES, BitstreamError, unpack  # noqa: E402
 from lic_fast.codec._cdc_network import Sizes  # noqa: E402
 from lic_fast.codec._cdc_schedule import ddim_steps  # noqa: E402
+from lic_fast.reference._noise import normal_noise  # noqa: E402
 from lic_fast.training import ImageCodec, TrainConfig, commands, train  # noqa: E402
 from lic_fast.training.loss import RateDistortionLoss  # noqa: E402
 from lic_fast.training.models import build_model, resolve_channels, split_parameters  # noqa: E402
@@ -134,7 +135,8 @@ def test_the_loss_of_training_is_the_papers(codecs, predicts: str) -> None:
     seen = []
     codec.denoiser.register_forward_hook(lambda module, inputs, output: seen.append((*inputs, output)))
     output = codec(x)
-    (times, noise), (noisy, time, _, predicted) = drawn[0], seen[0]
+    (times, seed), (noisy, time, _, predicted) = drawn[0], seen[0]
+    noise = normal_noise(seed, x).double()
     abar = codec.abar[times].view(-1, 1, 1, 1)
     torch.testing.assert_close(noisy, abar.sqrt() * (2 * x - 1) + (1 - abar).sqrt() * noise, rtol=0, atol=1e-6)
     torch.testing.assert_close(time, times[:, None].double() / len(codec.abar), rtol=0, atol=1e-12)
@@ -169,6 +171,8 @@ def test_validation_repeats_and_training_does_not(codecs) -> None:
         assert codec(x)["distortion"] == codec(x)["distortion"]
         codec.train()
         assert codec(x)["distortion"] != codec(x)["distortion"]
+        seeded = [(torch.manual_seed(4), codec(x)["distortion"])[1] for _ in range(2)]
+        assert seeded[0] == seeded[1]
 
 
 def test_averages_of_weights_sample_too(codecs) -> None:

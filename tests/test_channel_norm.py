@@ -68,8 +68,9 @@ def test_values_and_gradients_by_the_rule(device, backend, dtype, shape, relu):
 
 
 @EVERY_BACKEND
-def test_layouts_and_memory_formats(device, backend):
-    x, weight, bias, shift, grad = inputs((2, 6, 5, 3), device=device)
+@pytest.mark.parametrize("sides", [(5, 3), (13, 11)], ids=str)  # the latter's planes are long enough to be walked
+def test_layouts_and_memory_formats(device, backend, sides):
+    x, weight, bias, shift, grad = inputs((2, 6, *sides), device=device)
     with lic_fast.use_backend(backend):
         expected = channel_norm(x, weight, bias, shift=shift, relu=True)
         assert expected.is_contiguous()
@@ -101,6 +102,12 @@ def test_empty_tensors_and_values_that_are_not_finite(device, backend):
         ones = torch.ones(4, device=device)
         y = channel_norm(x, ones, ones, relu=True)
         assert y[..., 1].isnan().all() and torch.equal(y[..., [0, 2]], torch.ones_like(y[..., [0, 2]]))
+        x = torch.ones(2, 4, 300, device=device)  # more than a tile of places, whose last one is not full
+        x[0, 1, 290], x[1, 3, 7] = float("nan"), float("inf")
+        for laid_out in (x, x.movedim(1, -1).contiguous().movedim(-1, 1)):
+            y = channel_norm(laid_out, ones, ones, relu=True)
+            bad = y.isnan().nonzero()[:, [0, 2]].unique(dim=0)
+            assert bad.tolist() == [[0, 290], [1, 7]] and (y.nan_to_num(nan=1.0) == 1).all()
 
 
 @EVERY_BACKEND

@@ -40,6 +40,7 @@ TENSORS = {
     "sma_update_kernel": (2, 1), "adam_flags_kernel": (1, 0), "adam_update_kernel": (4, 3),
     "affine_reconstruct_fwd_kernel": (3, 1), "affine_reconstruct_list_kernel": (3, 1),
     "affine_reconstruct_bwd_kernel": (1, 3), "ddim_update_kernel": (2, 1),
+    "q_sample_kernel": (1, 1), "q_sample_loss_kernel": (1, 0), "q_sample_loss_bwd_kernel": (1, 1),
     "sensitivity_accumulate_kernel": (2, 1), "rls_update_kernel": (1, 0),
     "mixture_rate_fwd_kernel": (3, 1), "mixture_rate_bwd_kernel": (5, 3),
 }  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..functional import ddim_update
+from ..functional import ddim_update, q_sample, q_sample_loss
 from ..functional.coding import BitstreamError
 from . import _cdc_schedule as schedules
 from ._cdc_network import ContentCodec, Denoiser, Sizes
@@ -125,13 +125,16 @@ class CDC(nn.Module):
         image = _laid_out(2 * self._checked("forward", x) - 1)
         y_hat, likelihoods = self._latents(self.content.analyse(image))
         maps = self.content.maps(y_hat)
-        times, noise = self._drawn(image)
-        signal, spread, weight = (column.view(-1, 1, 1, 1) for column in self._table[times].to(image.dtype).unbind(1))
-        noisy = signal * image + spread * noise
+        times, seed = self._drawn(image)
+        signal, spread, weight = self._table[times].to(torch.promote_types(image.dtype, torch.float32)).unbind(1)
+        noisy = q_sample(image, signal, spread, seed=seed)
         predicted = self.denoiser(noisy, times[:, None].to(image.dtype) / len(self.abar), maps)
-        target = image if self.predicts == "x" else noise
-        error = (weight.flatten() * (predicted - target).square().mean((1, 2, 3))).mean()
-        x0 = predicted if self.predicts == "x" else ((noisy - spread * predicted) / signal).clamp(-1, 1)
+        if self.predicts == "x":
+            x0, error = predicted, q_sample_loss(predicted.to(image.dtype), image, weight)
+        else:
+            error = q_sample_loss(predicted, None, weight, seed=seed)
+            signal, spread = (column.to(image.dtype).view(-1, 1, 1, 1) for column in (signal, spread))
+            x0 = ((noisy - spread * predicted) / signal).clamp(-1, 1)
         distortion = error
         if self.rho > 0:
             seen = self._perceptual[0].to(x0.device)(x0.float(), image.float()).mean()
@@ -139,12 +142,12 @@ class CDC(nn.Module):
         return {"x_hat": (x0 + 1) / 2, "likelihoods": likelihoods, "distortion": distortion}
 
     def _drawn(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """(times [B] int64, standard normal noise of image's shape)."""
-        count = len(image)
+        """(times [B] int64, the noise's seed [1] int64)."""
+        count, device = len(image), image.device
         if self.training:
-            return torch.randint(len(self.abar), (count,), device=image.device), torch.randn_like(image)
-        times = (torch.arange(count, device=image.device) * 2 + 1) * len(self.abar) // (2 * count)
-        return times, self._noise(image, 0, _TO_INITIAL, 1.0)
+            return torch.randint(len(self.abar), (count,), device=device), torch.randint(1 << 62, (1,), device=device)
+        times = (torch.arange(count, device=device) * 2 + 1) * len(self.abar) // (2 * count)
+        return times, torch.zeros(1, dtype=torch.int64, device=device)
 
     def _latents(self, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """(y_hat as the decoder has it, with the derivative 1 in y; {"y", "z": likelihoods})."""

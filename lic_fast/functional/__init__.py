@@ -2,7 +2,7 @@
 
 from .coding import ans_decode_, ans_encode, ans_pack
 from .context import context_conv, context_conv_pack
-from .diffusion import ddim_update
+from .diffusion import ddim_update, q_sample, q_sample_loss
 from .embedding import FlatLayout, in_memory_order, stdet_adam_step_, stdet_mask_, stdet_reconstruct_
 from .integer import integer_conv2d, integer_conv2d_pack
 from .layers import channel_norm, gdn
@@ -46,6 +46,8 @@ __all__ = [
     "mixture_parameters",
     "mixture_rate",
     "pack_factorized",
+    "q_sample",
+    "q_sample_loss",
     "rans_check",
     "rans_decode_",
     "rans_encode",

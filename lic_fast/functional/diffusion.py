@@ -1,4 +1,4 @@
-"""Ops of diffusion models: the update of a sampler."""
+"""Ops of diffusion models: the update of a sampler; the noising and the loss of training."""
 
 from __future__ import annotations
 
@@ -54,6 +54,86 @@ def ddim_update(
     limit = math.inf if clamp is None else float(clamp)
     numbers = float(a), float(b), limit, float(noise)
     return torch.ops.lic_fast.ddim_update(x, f, _seed(name, x, seed) if noise else None, *numbers)
+
+
+def q_sample(x: Tensor, signal: Tensor, spread: Tensor, *, seed: int | Tensor) -> Tensor:
+    """signal[b] x[b] + spread[b] n: samples noised to where the schedule has them at their times, in one pass.
+
+    x [B, *] fp32, bf16, fp16 or fp64; signal and spread [B], sqrt(abar) and sqrt(1 - abar) of each sample's time,
+    fp32 (fp64 for fp64), or x's dtype where that is bf16 or fp16. n: standard normal noise of `seed`, ddim_update's,
+    counted over the whole of x in row-major order; it is never stored, and q_sample_loss makes it again. Returns a new
+    tensor [B, *] of x's dtype and, where it is dense, x's layout; noise is made for contiguous tensors, others are
+    copied. Arithmetic in fp32 (fp64 for fp64), every product and sum rounded by itself: all backends agree to the bit.
+
+    Gradients flow to x; signal or spread that require one are refused (RuntimeError). Raises ValueError for shapes and
+    seeds, TypeError for dtypes and devices, BackendError for a forced backend.
+
+    Source: Ho, Jain and Abbeel, "Denoising Diffusion Probabilistic Models" (NeurIPS 2020).
+    """
+    name = "q_sample"
+    _check.tensor(name, "x", x)
+    _check.no_forward_mode(name)
+    _check.dtype_in(name, "x", x, FLOATS)
+    _check_columns(name, ("x", x), ("signal", signal), ("spread", spread))
+    return torch.ops.lic_fast.q_sample(x, signal, spread, _seed(name, x, seed))
+
+
+def q_sample_loss(
+    f: Tensor, x: Tensor | None, weight: Tensor, *, seed: int | Tensor | None = None, absolute: bool = False
+) -> Tensor:
+    """The weighted loss of a network's prediction for q_sample's result: the mean over all of weight[b] (f - target)^2.
+
+    f [B, *], the prediction: fp32, bf16, fp16 or fp64. The target is x [B, *] of f's dtype, the image, or, where x is
+    None, the noise that q_sample(..., seed=seed) added, which is made again in registers: nothing but f is read.
+    weight [B], of each sample's time, fp32 (fp64 for fp64), or f's dtype where that is bf16 or fp16. absolute: |f -
+    target| in place of the square. Returns a tensor [] fp32 (fp64 for fp64); NaN where f is empty. Arithmetic in that
+    dtype, sums over blocks of a fixed order: the same in every run, and on the CPU for any number of threads.
+
+    Gradients flow to f and x, in one pass more, which reads f and the target again, and scales in fp32 before it rounds
+    into f's dtype: all backends agree on them to the bit. A weight that requires one is refused, and so are gradients
+    of gradients and forward-mode derivatives (RuntimeError). Raises ValueError for shapes and seeds, TypeError for
+    dtypes and devices, BackendError for a forced backend.
+
+    Source: Ho, Jain and Abbeel (NeurIPS 2020); weights by time: Salimans and Ho, "Progressive Distillation for Fast
+    Sampling of Diffusion Models" (ICLR 2022), Hang et al., "Efficient Diffusion Training via Min-SNR Weighting
+    Strategy" (ICCV 2023).
+    """
+    name = "q_sample_loss"
+    _check.tensor(name, "f", f)
+    _check.no_forward_mode(name)
+    _check.dtype_in(name, "f", f, FLOATS)
+    if (x is None) == (seed is None):
+        given = "neither" if x is None else "both"
+        raise ValueError(
+            f"{name}: the target is x, or where x is None the noise of seed, got {given}; pass one of them"
+        )
+    if x is not None:
+        _check.tensor(name, "x", x)
+        _check.dtype_in(name, "x", x, (f.dtype,))
+        _check.same_shape(name, ("f", f), ("x", x))
+        _check.same_device(name, ("f", f), ("x", x))
+    _check_columns(name, ("f", f), ("weight", weight))
+    seed = None if seed is None else _seed(name, f, seed)
+    return torch.ops.lic_fast.q_sample_loss(f, x, weight, seed, bool(absolute))
+
+
+def _check_columns(function: str, first: tuple[str, Tensor], *columns: tuple[str, Tensor]) -> None:
+    """That the named tensors have one number for each sample of the first, [B, *], and ask for no gradient."""
+    name, x = first
+    if x.dim() < 1:
+        raise ValueError(f"{function}: {name} must be [B, *], got {list(x.shape)}; add the dimension of samples")
+    half = (x.dtype,) if x.dtype in (torch.bfloat16, torch.float16) else ()
+    allowed = (torch.float64,) if x.dtype is torch.float64 else (torch.float32, *half)
+    for key, value in columns:
+        _check.tensor(function, key, value)
+        if list(value.shape) != [len(x)]:
+            raise ValueError(
+                f"{function}: {key} must be [{len(x)}] for {name} {list(x.shape)}, got {list(value.shape)}"
+            )
+        _check.dtype_in(function, key, value, allowed)
+        if torch.is_grad_enabled() and value.requires_grad:
+            raise RuntimeError(f"{function}: {key} requires grad, and none is computed; pass {key}.detach()")
+    _check.same_device(function, first, *columns)
 
 
 def _seed(function: str, x: Tensor, seed: int | Tensor | None) -> Tensor:

@@ -72,8 +72,8 @@ def channel_norm(
     Mean and variance are over the channels of each place. x [B, C, *] fp32, bf16, fp16 or fp64; weight, bias [C];
     shift [B, C], added to all places of a sample: the time bias of a diffusion model's block; fp32 (fp64 for fp64), or
     x's dtype where that is bf16 or fp16. C >= 1. Returns a new tensor [B, C, *] of x's dtype and memory format.
-    Arithmetic in fp32 (fp64 for fp64), rounded once into x's dtype. The C++ kernels walk channels_last; another layout
-    is copied there and back, and then no faster than PyTorch.
+    Arithmetic in fp32 (fp64 for fp64), rounded once into x's dtype. Native kernels walk contiguous and channels_last
+    tensors as they lie; contiguous ones of less than 16 places, and other layouts, are copied.
 
     Gradients flow to x, weight, bias and shift; besides x, backward keeps nothing. Sums over places have a fixed
     order: the same in every run, and on the CPU for any number of threads. There are neither gradients of gradients

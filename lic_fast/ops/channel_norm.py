@@ -13,6 +13,8 @@ from .._dispatch import Impl, OpSpec, register
 from ..reference import channel_norm as reference
 from ._library import FLOATS, define
 
+_SHORT_PLANE = 16
+
 
 def channels_last(x: Tensor) -> bool:
     """Whether x [B, C, *] lies with the channels next to each other, and its result does."""
@@ -35,34 +37,48 @@ def _rows(x: Tensor) -> Tensor:
     return x.movedim(1, -1).contiguous()
 
 
-def _by_rows(kernel: Callable[..., None]) -> Callable[..., Tensor]:
-    """Runs `kernel(rows, weight, bias, shift, relu, eps, out)`; rows and out [B, *, C] contiguous."""
+def _are_planes(x: Tensor) -> bool:
+    """Whether the native kernels walk x as [B, C, places]: rows of few places would be short, and are copied."""
+    return x.dim() > 2 and not channels_last(x) and x.shape[2:].numel() >= _SHORT_PLANE
+
+
+def _walked(x: Tensor, planes: bool) -> Tensor:
+    return x.contiguous() if planes else _rows(x)
+
+
+def _room(result: Tensor, planes: bool) -> Tensor:
+    """What the kernel writes: the result itself where it lies as the kernel walks."""
+    if planes:
+        return result
+    rows = result.movedim(1, -1)
+    return rows if rows.is_contiguous() else torch.empty_like(rows, memory_format=torch.contiguous_format)
+
+
+def _returned(result: Tensor, written: Tensor, planes: bool) -> Tensor:
+    return result if planes or written.data_ptr() == result.data_ptr() else result.copy_(written.movedim(-1, 1))
+
+
+def _forward_by(kernel: Callable[..., None]) -> Callable[..., Tensor]:
+    """Runs `kernel(x, weight, bias, shift, planes, relu, eps, out)`; x and out [B, C, *] or [B, *, C], contiguous."""
 
     def run(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, relu: bool, eps: float) -> Tensor:
-        out = _like(x)
-        direct = out.movedim(1, -1).is_contiguous()
-        rows = out.movedim(1, -1) if direct else torch.empty_like(x.movedim(1, -1), memory_format=_CONTIGUOUS)
-        kernel(_rows(x), *_parameters(x, weight, bias, shift), relu, eps, rows)
-        return out if direct else out.copy_(rows.movedim(-1, 1))
+        y, planes = _like(x), _are_planes(x)
+        written = _room(y, planes)
+        kernel(_walked(x, planes), *_parameters(x, weight, bias, shift), planes, relu, eps, written)
+        return _returned(y, written, planes)
 
     return run
 
 
-def _by_rows_backward(kernel: Callable[..., None]) -> Callable[..., tuple[Tensor, ...]]:
+def _backward_by(kernel: Callable[..., None]) -> Callable[..., tuple[Tensor, ...]]:
     def run(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, relu: bool, eps: float) -> tuple[Tensor, ...]:
-        d_x = _like(x)
-        direct = d_x.movedim(1, -1).is_contiguous()
-        rows = d_x.movedim(1, -1) if direct else torch.empty_like(x.movedim(1, -1), memory_format=_CONTIGUOUS)
-        parameters = _parameters(x, weight, bias)
-        d_weight, d_bias = (torch.empty_like(p) for p in parameters)
-        d_shift = parameters[0].new_empty(x.shape[:2])
-        kernel(_rows(grad), _rows(x), *parameters, relu, eps, rows, d_weight, d_bias, d_shift)
-        return d_x if direct else d_x.copy_(rows.movedim(-1, 1)), d_weight, d_bias, d_shift
+        d_x, planes = _like(x), _are_planes(x)
+        written, parameters = _room(d_x, planes), _parameters(x, weight, bias)
+        sums = *(torch.empty_like(p) for p in parameters), parameters[0].new_empty(x.shape[:2])
+        kernel(_walked(grad, planes), _walked(x, planes), *parameters, planes, relu, eps, written, *sums)
+        return _returned(d_x, written, planes), *sums
 
     return run
-
-
-_CONTIGUOUS = torch.contiguous_format
 
 
 def _reference_forward(x: Tensor, *rest: Any) -> Tensor:
@@ -74,26 +90,29 @@ def _reference_backward(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ..
     return (_like(x).copy_(d_x), *(each.contiguous() for each in others))
 
 
-def _native_kernel(name: str) -> Callable[..., Any]:
-    return lambda *args: _native.op("cpp", name)(*args)
+def _native_kernel(backend: str, name: str) -> Callable[..., Any]:
+    return lambda *args: _native.op(backend, name)(*args)
 
 
 def _triton_kernel(name: str) -> Callable[..., Any]:
     return lambda *args: getattr(_triton.kernels("channel_norm"), name)(*args)
 
 
-def _spec(name: str, wrap: Callable[..., Any], kernel: str, plain: Callable[..., Any]) -> OpSpec:
+def _spec(name: str, wrap: Callable[..., Any], plain: Callable[..., Any]) -> OpSpec:
     cpp = tuple(dtype for dtype in FLOATS if dtype is not torch.float16)
+    cpp_kernel, cuda_kernel = (wrap(_native_kernel(backend, f"{name}_out")) for backend in ("cpp", "cuda"))
     impls = {
+        "cuda": Impl(cuda_kernel, ("cuda",), FLOATS, lambda device: _native.why_not("cuda", device)),
         "triton": Impl(_triton_kernel(name), ("cuda", "cpu"), FLOATS, _triton.why_not),
-        "cpp": Impl(wrap(_native_kernel(kernel)), ("cpu",), cpp, lambda device: _native.why_not("cpp", device)),
+        "cpp": Impl(cpp_kernel, ("cpu",), cpp, lambda device: _native.why_not("cpp", device)),
         "reference": Impl(plain, None, FLOATS),
     }
-    return register(OpSpec(name, impls, {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")}))
+    # CUDA C++ stands second until it has been timed beside Triton on a GPU
+    return register(OpSpec(name, impls, {"cpu": ("cpp", "reference"), "cuda": ("triton", "cuda", "reference")}))
 
 
-FORWARD = _spec("channel_norm", _by_rows, "channel_norm_out", _reference_forward)
-BACKWARD = _spec("channel_norm_bwd", _by_rows_backward, "channel_norm_bwd_out", _reference_backward)
+FORWARD = _spec("channel_norm", _forward_by, _reference_forward)
+BACKWARD = _spec("channel_norm_bwd", _backward_by, _reference_backward)
 
 
 def _forward(x: Tensor, *rest: Any) -> Tensor:
