@@ -1,8 +1,6 @@
 """Trainings of the study of MSP: every model with one loop, one budget, one schedule.
 
-A model is trained once at one lambda on small crops, its stem, and from there a while at every lambda on larger ones.
-Small crops are cheap, but a latent of theirs has only a few places on its coarse grids: the networks of MSP that work
-there, and those of a hyperprior, do not meet in training what a photograph shows them.
+A model is trained once at one lambda, its stem, and from there a while at every lambda.
 """
 
 from __future__ import annotations

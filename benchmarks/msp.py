@@ -2,8 +2,8 @@
 
 `lic-fast bench msp --data TRAIN --test KODAK`. One analysis and one synthesis (those of mbt2018) are trained with four
 probability models of the latent - MSP's base profile, a mean-scale hyperprior, a checkerboard context, mbt2018's
-autoregressive one - with the same loop, steps, batches and schedule: at the first lambda on small crops, and from there
-at every lambda on larger ones, as many pixels a step. Then all of them code the photographs under --test to real files
+autoregressive one - with the same loop, steps, batches and schedule: at the first lambda, and from there at every
+lambda at a lower learning rate. Then all of them code the photographs under --test to real files
 (BD-rates beside mbt2018), and one image is decoded by each in one interleaved run: the whole of it, and from bytes to
 y_hat alone. Last, the entropy part of MSP at several sizes of one photograph. Times are the CPU's; with --device cuda
 the GPU's, until it has the pixels: of MSP with a CUDA graph, without, and with 256 chains, at 2K too. Checkpoints are
@@ -223,10 +223,10 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--against", nargs="*", default=["jpeg", "webp", "avif"], metavar="CODEC")
     parser.add_argument("--lambdas", nargs="+", type=float, default=[0.013, 0.0035, 0.0483], help="in this order")
     parser.add_argument("--channels", nargs=2, type=int, default=[48, 64], metavar=("N", "M"))
-    parser.add_argument("--steps", type=int, default=1200, metavar="N")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N")
-    parser.add_argument("--crop", type=int, default=128, metavar="PIXELS")
-    parser.add_argument("--tune-steps", type=int, default=400, metavar="N", help="at every lambda, after --steps")
+    parser.add_argument("--steps", type=int, default=2400, metavar="N")
+    parser.add_argument("--batch-size", type=int, default=4, metavar="N")
+    parser.add_argument("--crop", type=int, default=256, metavar="PIXELS")
+    parser.add_argument("--tune-steps", type=int, default=500, metavar="N", help="at every lambda, after --steps")
     parser.add_argument("--tune-crop", type=int, default=256, metavar="PIXELS")
     parser.add_argument("--tune-lr", type=float, default=1e-3)
     parser.add_argument("--optimizer", default="soap", metavar="NAME")
