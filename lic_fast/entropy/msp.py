@@ -109,10 +109,16 @@ class MSPEntropyModel(nn.Module):
 
         self._traverse(y_hat, known, network)
 
-    def _grown(self, y_hat: Tensor, code: Callable[[Step, Tensor, Tensor | None], Tensor], network: Any = None) -> None:
+    def _grown(
+        self,
+        y_hat: Tensor,
+        code: Callable[[Step, Tensor, Tensor | None], Tensor],
+        network: Any = None,
+        coding: bool = True,
+    ) -> None:
         """_traverse where code(step, means, parameters) gives the rounded differences from the means; fills y_hat.
 
-        Through the network that `exact` says, or `network`.
+        Through the network that `exact` says, or `network`; on `threads` threads where it is for coding.
         """
 
         def grow(step: Step, parameters: Tensor | None) -> Tensor:
@@ -128,7 +134,7 @@ class MSPEntropyModel(nn.Module):
             return values
 
         network = self._coding_network() if network is None else network
-        with self._own_threads(y_hat, network):
+        with self._own_threads(y_hat, network) if coding else contextlib.nullcontext():
             self._traverse(y_hat, grow, network)
 
     def _coding_network(self) -> nn.Module:
@@ -162,9 +168,9 @@ class MSPEntropyModel(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(y_hat, likelihoods), both [B, C, H, W], of y [B, C, H, W]; fp32 (fp64 for fp64).
 
-        training (default: the module's mode): the likelihoods are those of y plus uniform noise, of which all contexts
-        are made, so that no step waits for another; y_hat is rounded about the means of that pass, with the derivative
-        1 in y. Else y_hat is what decompress() gives, and the likelihoods are its.
+        training (default: the module's mode): y_hat is rounded as decompress() gives it, with the derivative 1 in y,
+        and makes all contexts; the likelihoods are those of y plus uniform noise. Else they are y_hat's, without
+        derivatives.
 
         quantize, for encoders that search for y (not in training): takes the place of rounding, [B, c, h, w] a step
         of differences from the means to the same, in the order of the schedule. What it gives makes the contexts too,
@@ -176,26 +182,20 @@ class MSPEntropyModel(nn.Module):
             training = self.training
         y = self._checked("forward", y)
         packed: list[Tensor] = []
+        y_hat = torch.empty_like(y, memory_format=torch.contiguous_format)
+        if training:
+            quantize = _straight_through
 
-        def keep(parameters: Tensor | None) -> None:
+        def quantised(step: Step, means: Tensor, parameters: Tensor | None) -> Tensor:
             if parameters is not None:
                 packed.append(parameters.reshape(len(y), self._kinds, -1).to(y.dtype))
+            return rounded(step.of(y), means) if quantize is None else quantize(step.of(y) - means)
 
-        if training:
-            values = y + torch.empty_like(y).uniform_(-0.5, 0.5)
-            self._given(values, lambda step, parameters: keep(parameters))
-        else:
-            values = torch.empty_like(y, memory_format=torch.contiguous_format)
-
-            def quantised(step: Step, means: Tensor, parameters: Tensor | None) -> Tensor:
-                keep(parameters)
-                return rounded(step.of(y), means) if quantize is None else quantize(step.of(y) - means)
-
-            with torch.set_grad_enabled(quantize is not None and torch.is_grad_enabled()):
-                self._grown(values, quantised, None if quantize is None else self.network)
+        with torch.set_grad_enabled(quantize is not None and torch.is_grad_enabled()):
+            self._grown(y_hat, quantised, None if quantize is None else self.network, coding=not training)
         parameters = torch.cat([y.new_empty((len(y), self._kinds, 0)), *packed], 2)
-        likelihoods = self.schedule.unpack(self._likelihoods(values, parameters), *y.shape[2:])
-        return self._straight_through(y, parameters) if training else values, likelihoods
+        values = y + torch.empty_like(y).uniform_(-0.5, 0.5) if training else y_hat
+        return y_hat, self.schedule.unpack(self._likelihoods(values, parameters), *y.shape[2:])
 
     @property
     def _kinds(self) -> int:
@@ -222,17 +222,6 @@ class MSPEntropyModel(nn.Module):
             rows = (each.reshape(len(rest), -1) for each in parameters.chunk(3, 1))
             _, finer = mixture_rate(rest, *rows, logits=True, **options)
         return torch.cat([coarsest.flatten(1), finer], 1)
-
-    def _straight_through(self, y: Tensor, parameters: Tensor) -> Tensor:
-        """y rounded about the means of one pass, with the derivative 1 in y."""
-        with torch.no_grad():
-            finer = parameters[:, 1] if self.mixture == 1 else torch.zeros_like(parameters[:, 0])
-            height, width = y.shape[2:]
-            h, w = self.schedule.steps[0].sides(height, width)
-            coarsest = self._medians().to(y)[:, None].expand(-1, h * w).reshape(1, -1).expand(len(y), -1)
-            means = self.schedule.unpack(torch.cat([coarsest, finer], 1), height, width)
-            change = (y - means).round() + means - y
-        return y + change
 
     def _checked(self, function: str, y: object) -> Tensor:
         c = self.schedule.channels
@@ -368,6 +357,11 @@ class MSPEntropyModel(nn.Module):
     def _new_integers(self) -> nn.Module:
         made = IntegerContextNetwork(self.schedule, self.profile)
         return made.to(self.bottleneck.quantiles.device)
+
+
+def _straight_through(differences: Tensor) -> Tensor:
+    """Rounded, with the derivative 1."""
+    return differences + (differences.round() - differences).detach()
 
 
 def _kind(value: object) -> str:
