@@ -17,7 +17,7 @@ from ._contenders import DTYPES
 from ._harness import Settings, run_group
 from ._rows import RowsError, append, default_output, rows, table
 
-STUDIES = ("convergence", "nqm", "acceleration", "lof", "msp")  # with options of their own
+STUDIES = ("convergence", "nqm", "acceleration", "lof", "msp", "cdc")  # with options of their own
 _QUICK_REPEATS = 5
 _CEILING_MIB = {"cpu": 256, "cuda": 1024}
 
@@ -29,7 +29,7 @@ def _parser(models: Sequence[str]) -> argparse.ArgumentParser:
         epilog=f"ops: {', '.join((*OPS, *WHOLE))}; or, with options of its own, `convergence`: steps to a loss, or "
         "`nqm`: the variance that averaging weights leaves, beside its closed forms, or `acceleration`: training "
         "steps and decoding with and without lic_fast.accelerate, or `lof`: what overfitting the latent gains, "
-        "or `msp`: the MSP entropy model beside its peers",
+        "or `msp`: the MSP entropy model beside its peers, or `cdc`: CDC by the steps of its sampler",
     )
     parser.add_argument("ops", nargs="*", metavar="op", help="what to time (default: every op)")
     parser.add_argument("--list", action="store_true", help="list the ops and stop")

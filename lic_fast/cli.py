@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from . import __version__, _build
 from ._dispatch import BackendError
-from .training import commands
+from .training import coding_commands, commands
 from .training.errors import TrainingError
 
 # What a user can cause; anything else is a defect of ours and keeps its traceback.
@@ -56,8 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.set_defaults(run=_bench)
     commands.add_train_parser(subparsers)
     commands.add_evaluate_parser(subparsers)
-    commands.add_compress_parser(subparsers)
-    commands.add_decompress_parser(subparsers)
+    coding_commands.add_compress_parser(subparsers)
+    coding_commands.add_decompress_parser(subparsers)
     commands.add_diagnostics_parser(subparsers)
     return parser
 

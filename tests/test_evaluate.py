@@ -19,7 +19,7 @@ image_module = pytest.importorskip("PIL.Image")
 
 import lic_fast  # noqa: E402
 from lic_fast.codec import BitstreamError, pack, unpack  # noqa: E402
-from lic_fast.training import ImageCodec, TrainConfig, TrainingError, commands, evaluate, train  # noqa: E402
+from lic_fast.training import ImageCodec, TrainConfig, TrainingError, coding_commands, commands, evaluate, train  # noqa: E402
 from lic_fast.training.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
 from lic_fast.training.data import load_rgb  # noqa: E402
 from lic_fast.training.evaluate import table  # noqa: E402
@@ -65,7 +65,11 @@ def world(tmp_path_factory, one_thread) -> Path:
 def run(*line: object) -> int:
     parser = argparse.ArgumentParser()
     subparsers = parser.add_subparsers()
-    for add in (commands.add_evaluate_parser, commands.add_compress_parser, commands.add_decompress_parser):
+    for add in (
+        commands.add_evaluate_parser,
+        coding_commands.add_compress_parser,
+        coding_commands.add_decompress_parser,
+    ):
         add(subparsers)
     args = parser.parse_args([str(word) for word in line])
     return args.run(args)

@@ -15,7 +15,7 @@ image_module = pytest.importorskip("PIL.Image")
 
 from lic_fast.codec import MSP_NAMES, BitstreamError, MSPCodec, unpack  # noqa: E402
 from lic_fast.entropy import Profile  # noqa: E402
-from lic_fast.training import ImageCodec, TrainConfig, commands, train  # noqa: E402
+from lic_fast.training import ImageCodec, TrainConfig, coding_commands, commands, train  # noqa: E402
 from lic_fast.training.data import load_rgb  # noqa: E402
 from lic_fast.training.models import build_model, resolve_channels, split_parameters  # noqa: E402
 
@@ -125,7 +125,11 @@ def world(tmp_path_factory, one_thread) -> Path:
 def run(*line: object) -> int:
     parser = argparse.ArgumentParser()
     subparsers = parser.add_subparsers()
-    for add in (commands.add_evaluate_parser, commands.add_compress_parser, commands.add_decompress_parser):
+    for add in (
+        commands.add_evaluate_parser,
+        coding_commands.add_compress_parser,
+        coding_commands.add_decompress_parser,
+    ):
         add(subparsers)
     args = parser.parse_args([str(word) for word in line])
     return args.run(args)

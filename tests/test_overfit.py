@@ -19,7 +19,7 @@ from lic_fast.benchmarks._rows import read  # noqa: E402
 
 from lic_fast.codec import MSPCodec, overfit  # noqa: E402
 from lic_fast.entropy import Profile  # noqa: E402
-from lic_fast.training import ImageCodec, TrainConfig, TrainingError, commands, train  # noqa: E402
+from lic_fast.training import ImageCodec, TrainConfig, TrainingError, coding_commands, train  # noqa: E402
 from lic_fast.training.data import load_rgb  # noqa: E402
 from lic_fast.training.loss import RateDistortionLoss  # noqa: E402
 
@@ -265,7 +265,7 @@ def world(tmp_path_factory, one_thread) -> Path:
 def run(*line: object) -> int:
     parser = argparse.ArgumentParser()
     subparsers = parser.add_subparsers()
-    for add in (commands.add_compress_parser, commands.add_decompress_parser):
+    for add in (coding_commands.add_compress_parser, coding_commands.add_decompress_parser):
         add(subparsers)
     args = parser.parse_args([str(word) for word in line])
     return args.run(args)
@@ -299,7 +299,7 @@ def test_budgets_that_are_none(world: Path, text: str, capsys) -> None:
     "text, budget", [("30s", {"seconds": 30}), ("1.5 min", {"seconds": 90}), ("500it", {"iterations": 500})]
 )
 def test_budgets(text: str, budget: dict[str, float]) -> None:
-    assert commands._budget(text) == budget
+    assert coding_commands._budget(text) == budget
 
 
 def test_what_the_command_refuses(world: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ._cdc_layers import LARGE, ChannelNorm, LinearAttention, ResidualBlock, leaky
 
 _HYPER_STRIDE = 4  # two strided convolutions
+_LATENT_GAIN, _FIRST_SCALE = 8.0, 2.0  # of a new codec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,15 @@ class Sizes:
         return max(self.downsampling * _HYPER_STRIDE, 1 << (len(self.levels) - 1))
 
 
+class _Analysis(nn.ModuleList):
+    """Residual blocks, each followed by a convolution that halves the sides; it sees neighbours only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for stage in self:
+            x = stage["down"](stage["block"](x))
+        return x
+
+
 class ContentCodec(nn.Module):
     """The transforms around the entropy models: image to latent, latent to hyperlatent and back, latent to maps."""
 
@@ -57,7 +67,7 @@ class ContentCodec(nn.Module):
             raise ValueError(
                 f"CDC: latent and synthesis must meet and be as many, got {sizes.latent} and {sizes.synthesis}"
             )
-        self.analysis = nn.ModuleList(
+        self.analysis = _Analysis(
             nn.ModuleDict({"block": ResidualBlock(a, b, large=i == 0), "down": nn.Conv2d(b, b, 3, 2, 1)})
             for i, (a, b) in enumerate(pairwise(down))
         )
@@ -78,12 +88,21 @@ class ContentCodec(nn.Module):
             ]
         )
         self.latent_channels, self.hyper_channels = y, z
+        self._begin()
+
+    @torch.no_grad()
+    def _begin(self) -> None:
+        """A new codec's latent spreads over several symbols, and its density is as wide.
+
+        Otherwise it is rounded to zeros, the U-Net learns to do without maps that never change, and the rate then
+        keeps the latent at zero.
+        """
+        self.analysis[-1]["down"].weight.mul_(_LATENT_GAIN)
+        self.hyper_synthesis[-1].bias[self.latent_channels :] += _FIRST_SCALE
 
     def analyse(self, x: Tensor) -> Tensor:
         """The latent [B, M, H / 16, W / 16] of x [B, 3, H, W] in [-1, 1]."""
-        for stage in self.analysis:
-            x = stage["down"](stage["block"](x))
-        return x
+        return self.analysis(x)
 
     def hyper_analyse(self, y: Tensor) -> Tensor:
         """The hyperlatent [B, Z, h / 4, w / 4] of y [B, M, h, w]."""

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..functional import ddim_update, q_sample, q_sample_loss
+from ..functional import q_sample, q_sample_loss
 from ..functional.coding import BitstreamError
 from . import _cdc_schedule as schedules
+from . import _tiles
+from ._cdc_graph import Recordings
 from ._cdc_network import ContentCodec, Denoiser, Sizes
 from ._cdc_official import converted
+from ._cdc_sampler import Settings, normal, sampled
+from ._cdc_sampler import laid_out as _laid_out
 
 _PAPER = Sizes()
 _LIGHT = Sizes(width=32, levels=(1, 2, 3, 4, 4), map_channels=32)
@@ -30,10 +33,6 @@ CDC_NAMES: dict[str, dict[str, Any]] = {
 _SCALE_BOUND = 0.1
 _SNR_BOUND = 5.0
 _TRAINED_STEPS = {"x": 8193, "eps": 20000}
-_HEADER = struct.Struct("<BIHff")  # version, seed, steps, gamma, eta: what a decode depends on beside the latents
-_HEADER_VERSION = 1
-_MOST_STEPS = 1 << 16
-_TO_INITIAL, _TO_STEPS = 0, 1  # keys of the noise, in the upper half of the generator's seed
 
 
 class CDC(nn.Module):
@@ -49,10 +48,13 @@ class CDC(nn.Module):
 
     steps, gamma, eta: how decompress() samples unless compress() was told otherwise: the number of steps (17 for "x",
     200 for "eps", which needs many), the standard deviation of the noise it begins with (the published code's 0.8; 0
-    begins with grey), and of DDIM's own noise (0 none, 1 DDPM's). They travel in the stream with the seed, so that a
-    stream has one decoding; noise is from a counter-based generator, the same bits on every device. Networks round
-    otherwise elsewhere: pixels repeat to the bit on one kind of machine and torch, else within rounding. progress:
-    wraps the steps' iterator, e.g. tqdm.tqdm.
+    begins with grey), and of DDIM's own noise (0 none, 1 DDPM's). tile, overlap: an image with a longer side is
+    sampled in tiles of at most tile pixels a side, of which neighbours share overlap or more, and which are blended
+    there; 0 has no limit. So memory is that of a tile, beside the latent and two images. All of these travel in the
+    stream with the seed, so that a stream has one decoding; noise is from a counter-based generator, the same bits on
+    every device. Networks round otherwise elsewhere: pixels repeat to the bit on one kind of machine and torch, else
+    within rounding. progress: wraps the list of steps, e.g. tqdm.tqdm. cuda_graph: on a GPU, from the second image or
+    tile of a size on, all steps are one CUDA graph.
 
     threads: with how many the hyperprior's synthesis runs on the CPU; 1 makes streams independent of
     torch.set_num_threads(), by which convolutions round otherwise. None leaves torch's number.
@@ -64,6 +66,9 @@ class CDC(nn.Module):
     usual_steps: ClassVar[dict[str, int]] = {"x": 17, "eps": 200}
     gamma = 0.8
     eta = 0.0
+    tile = 1024
+    overlap = 128
+    cuda_graph = True
     threads: int | None = 1
     progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None
 
@@ -89,6 +94,7 @@ class CDC(nn.Module):
         ratio = self.abar / (1 - self.abar)
         weight = ratio.clamp(max=_SNR_BOUND) if predicts == "x" else torch.ones_like(ratio)
         self.register_buffer("_table", torch.stack([signal, noise, weight], 1).float(), persistent=False)
+        self._recordings = Recordings()
         self._perceptual: list[nn.Module] = []  # in a list: its weights are not the model's
         if rho > 0:
             self._perceptual.append(_lpips())
@@ -180,66 +186,60 @@ class CDC(nn.Module):
         steps: int | None = None,
         gamma: float | None = None,
         eta: float | None = None,
+        tile: int | None = None,
+        overlap: int | None = None,
     ) -> Tensor:
         """The image [B, 3, 16 h, 16 w] in [-1, 1], not clamped, of y_hat [B, M, h, w], in `steps` passes of the U-Net.
 
         Every sample gets the noise that it gets alone. Raises ValueError for settings.
         """
-        steps, gamma, eta = self._settings("sample", seed, steps, gamma, eta)
-        maps = self.content.maps(y_hat)
-        parts = self.denoiser.condition([_laid_out(each) for each in maps])
-        b = len(y_hat)
-        x = self._noise(maps[0].new_empty((b, 3, *maps[0].shape[2:])), seed, _TO_INITIAL, gamma)
-        clamp = 1.0 if self.predicts == "x" else None
-        plan = list(schedules.ddim_steps(self.abar, steps, eta, self.predicts))
-        for number, step in enumerate(plan if self.progress is None else self.progress(plan)):
-            x = _laid_out(x)
-            f = self.denoiser(x, x.new_full((b, 1), step.time), parts=parts).to(x.dtype)
-            fixed = {"a": step.a, "b": step.b, "clamp": clamp}
-            if step.noise:
-                fixed |= {"noise": step.noise, "seed": seed | (_TO_STEPS + number) << 32}
-                x = torch.cat([ddim_update(*each, **fixed) for each in zip(x.split(1), f.split(1), strict=True)])
-            else:
-                x = ddim_update(x, f, **fixed)
-        return x.contiguous()
+        return sampled(self, y_hat, self._settings("sample", seed, steps, gamma, eta, tile, overlap))
 
     @staticmethod
     def _noise(like: Tensor, seed: int, key: int, amount: float) -> Tensor:
         """Normal noise, sample by sample the same; of the generator whose key is seed, and key in its upper half."""
-        zero = torch.zeros_like(like[:1], memory_format=torch.contiguous_format)
-        if not amount:
-            return zero.expand(like.shape)
-        made = ddim_update(zero, zero, a=0.0, b=0.0, noise=amount, seed=seed | key << 32)
-        return made.expand(like.shape)
+        return normal(like, seed | key << 32, amount).expand(like.shape)
 
-    def _settings(
-        self, function: str, seed: int, steps: int | None, gamma: float | None, eta: float | None
-    ) -> tuple[int, float, float]:
-        steps, gamma, eta = (
-            own if given is None else given
-            for own, given in ((self.steps, steps), (self.gamma, gamma), (self.eta, eta))
-        )
-        most = min(_MOST_STEPS - 1, len(self.abar))
-        if not (isinstance(seed, int) and 0 <= seed < 1 << 32):
-            raise ValueError(f"CDC.{function}: seed must be an integer in [0, 2**32), got {seed!r}")
-        if not (isinstance(steps, int) and 1 <= steps <= most):
-            raise ValueError(f"CDC.{function}: steps must be 1 to {most}, got {steps!r}")
-        for name, value, limit in (("gamma", gamma, 16.0), ("eta", eta, 1.0)):
-            if not 0 <= value <= limit:
-                raise ValueError(f"CDC.{function}: {name} must be in [0, {limit:g}], got {value!r}")
-        return steps, gamma, eta
+    def check_settings(self, function: str, **settings: Any) -> None:
+        """Raises ValueError where settings, of sample(), are out of range; function is whose error it is."""
+        self._settings(function, settings.get("seed", 0), *map(settings.get, Settings._fields[1:]))
+
+    def _settings(self, function: str, seed: int, *given: float | None) -> Settings:
+        """given: steps, gamma, eta, tile, overlap; None is the model's own. Raises ValueError."""
+        grid = self.sizes.multiple
+        own = (self.steps, self.gamma, self.eta, self.tile, -(-self.overlap // grid) * grid)
+        chosen = [mine if value is None else value for mine, value in zip(own, given, strict=True)]
+        return Settings(seed, *chosen).check(function, len(self.abar), grid)
 
     @torch.no_grad()
-    def reconstruct(self, x: Tensor, *, seed: int = 0, **settings: Any) -> dict[str, Any]:
+    def reconstruct(
+        self,
+        x: Tensor,
+        *,
+        seed: int = 0,
+        steps: int | None = None,
+        gamma: float | None = None,
+        eta: float | None = None,
+        tile: int | None = None,
+        overlap: int | None = None,
+    ) -> dict[str, Any]:
         """{"x_hat", "likelihoods"} of x [B, 3, H, W] in [0, 1] without a stream: what decompress() gives, and its rate.
 
-        The model must be in eval mode. settings: of sample(). Raises what sample() and forward() raise.
+        The model must be in eval mode. Raises what sample() and forward() raise.
         """
         if self.training:
             raise ValueError("CDC.reconstruct: the model is in training mode, got latents with noise; call .eval()")
-        y_hat, likelihoods = self._latents(self.content.analyse(2 * self._checked("reconstruct", x) - 1))
-        sampled = [self.sample(each[None], seed=seed, **settings) for each in y_hat]
-        return {"x_hat": _as_image(torch.cat(sampled)), "likelihoods": likelihoods}
+        settings = self._settings("reconstruct", seed, steps, gamma, eta, tile, overlap).as_decoded()
+        y_hat, likelihoods = self._latents(self._analysed(2 * self._checked("reconstruct", x) - 1, settings.tile))
+        images = [sampled(self, each[None], settings) for each in y_hat]
+        return {"x_hat": _as_image(torch.cat(images)), "likelihoods": likelihoods}
+
+    def _analysed(self, image: Tensor, tile: int) -> Tensor:
+        """The latent of an image in [-1, 1], in tiles of this side that see beyond their borders; 0 is no limit."""
+        factor = self.sizes.downsampling
+        if not tile:
+            return self.content.analyse(image)
+        return _tiles.analyse(self.content.analysis, image, factor, tile // factor)
 
     # Streams
 
@@ -259,17 +259,19 @@ class CDC(nn.Module):
         steps: int | None = None,
         gamma: float | None = None,
         eta: float | None = None,
+        tile: int | None = None,
+        overlap: int | None = None,
     ) -> dict[str, Any]:
         """{"strings": [[bytes of y], [of z], [of the sampler's settings]], "shape": (h, w) of z}, a sample an entry.
 
-        x [B, 3, H, W] in [0, 1]. seed, steps, gamma, eta: with which every sample is to be decoded; by default 0 and
-        the model's own. Raises what forward() and sample() raise, and ValueError for latents that are not finite.
+        x [B, 3, H, W] in [0, 1]. seed and the others: with which every sample is to be decoded; by default 0 and the
+        model's own. Raises what forward() and sample() raise, and ValueError for latents that are not finite.
         """
-        steps, gamma, eta = self._settings("compress", seed, steps, gamma, eta)
+        settings = self._settings("compress", seed, steps, gamma, eta, tile, overlap)
         streams: list[list[bytes]] = [[], [], []]
         shape: torch.Size | None = None
         for image in 2 * self._checked("compress", x) - 1:
-            y = self.content.analyse(image[None])
+            y = self._analysed(image[None], settings.tile)
             if not bool(y.isfinite().all()):
                 raise ValueError("CDC.compress: the latent is not finite; look at the image and the weights")
             z = self.content.hyper_analyse(y)
@@ -278,7 +280,7 @@ class CDC(nn.Module):
             means, scales = self._density(self._hyperlatent(coded, shape))
             streams[0] += self.gaussian_conditional.compress(y, scales, means, format="lic_fast")
             streams[1] += coded
-            streams[2].append(_HEADER.pack(_HEADER_VERSION, seed, steps, gamma, eta))
+            streams[2].append(settings.packed())
         return {"strings": streams, "shape": shape}
 
     def _hyperlatent(self, strings: Sequence[bytes], shape: Sequence[int]) -> Tensor:
@@ -304,23 +306,19 @@ class CDC(nn.Module):
 
         Raises what latents() raises, and BitstreamError for settings that no encoder writes.
         """
+        settings = self.settings_of(strings)
         found = self.latents(strings, shape)
-        settings = [self._settings_of(header) for header in strings[2]]
-        images = [self.sample(y_hat, **each) for y_hat, each in zip(found, settings, strict=True)]
-        return {"x_hat": _as_image(torch.cat(images))}
+        return {"x_hat": _as_image(torch.cat([sampled(self, *each) for each in zip(found, settings, strict=True)]))}
 
-    def _settings_of(self, header: bytes) -> dict[str, Any]:
-        if len(header) != _HEADER.size or header[0] != _HEADER_VERSION:
-            raise BitstreamError(
-                f"CDC.decompress: the sampler's settings must be {_HEADER.size} bytes of version {_HEADER_VERSION}, "
-                f"got {len(header)} that begin with {header[:1]!r}; the stream is damaged or newer than this build"
-            )
-        _, seed, steps, gamma, eta = _HEADER.unpack(header)
+    def settings_of(self, strings: Sequence[Sequence[bytes]]) -> list[Settings]:
+        """(seed, steps, gamma, eta, tile, overlap) of each sample of what compress() gave. Raises BitstreamError."""
+        if len(strings) != 3:
+            raise BitstreamError(f"CDC.decompress: strings must be three lists of bytes, got {len(strings)} entries")
+        found = [Settings.unpacked(header) for header in strings[2]]
         try:
-            self._settings("decompress", seed, steps, gamma, eta)
+            return [each.check("decompress", len(self.abar), self.sizes.multiple) for each in found]
         except ValueError as error:
             raise BitstreamError(f"{error}; the stream is damaged") from error
-        return {"seed": seed, "steps": steps, "gamma": gamma, "eta": eta}
 
     # Weights of others
 
@@ -351,11 +349,6 @@ class CDC(nn.Module):
                 f"CDC.{function}: x must be [B, 3, H, W], H and W multiples of {multiple}, got {list(x.shape)}; pad it"
             )
         return x
-
-
-def _laid_out(x: Tensor) -> Tensor:
-    """x channels-last on the CPU, where convolutions and channel_norm are faster so."""
-    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
 
 
 def _rounded(values: Tensor, centre: Tensor) -> Tensor:

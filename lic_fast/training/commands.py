@@ -1,4 +1,4 @@
-"""lic-fast train, evaluate, compress, decompress, diagnostics: their options, and what they print.
+"""lic-fast train, evaluate and diagnostics: their options, and what they print.
 
 Imports argparse and the plain config only; torch and CompressAI come with the command that runs.
 """
@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import re
-from pathlib import Path
 from typing import Any
 
+from lic_fast.training.coding_commands import add_device, add_no_sma
 from lic_fast.training.config import DEFAULT_EPOCHS, LAMBDAS, TrainConfig
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
@@ -29,15 +28,6 @@ def _dummy(text: str) -> tuple[float, float]:
     except ValueError:
         raise argparse.ArgumentTypeError(f"not RATE,MOST, got {text!r}; pass for example 0.02,0.25") from None
     return rate, most
-
-
-def _budget(text: str) -> dict[str, float | int]:
-    """The option of `overfit` that 30s, 2min or 500it stand for."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(s|min)|(\d+) ?it", text.strip())
-    number = float(found[1] or found[3]) if found else 0.0
-    if not 0 < number < 1e9:
-        raise argparse.ArgumentTypeError(f"not a budget, got {text!r}; pass for example 30s, 2min or 500it")
-    return {"iterations": int(found[3])} if found[3] else {"seconds": number * (60 if found[2] == "min" else 1)}
 
 
 def add_train_parser(subparsers: Any) -> None:
@@ -239,8 +229,8 @@ def add_evaluate_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--anchor", metavar="NAME", help="BD-rates are beside this curve (default: the first of --against)"
     )
-    _add_device(parser, "auto", ("auto", "cpu", "cuda"))
-    _add_no_sma(parser)
+    add_device(parser, "auto", ("auto", "cpu", "cuda"))
+    add_no_sma(parser)
     parser.set_defaults(run=run_evaluate)
 
 
@@ -254,20 +244,6 @@ def _qualities(text: str) -> tuple[str, tuple[float, ...]]:
         return name, tuple(float(value) for value in values.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"not CODEC=Q,Q, got {text!r}; pass for example jpeg=20,50,80") from None
-
-
-def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="the checkpoint.pt that lic-fast train wrote")
-
-
-def _add_device(parser: argparse.ArgumentParser, default: str, choices: tuple[str, ...], why: str = "") -> None:
-    parser.add_argument(
-        "--device", default=default, choices=choices, help=f"where to compute{why} (default: {default})"
-    )
-
-
-def _add_no_sma(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--no-sma", action="store_true", help="the fast weights of a run with --sma, not the slow ones")
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
@@ -285,88 +261,6 @@ def run_evaluate(args: argparse.Namespace) -> int:
         )
     else:
         print(table(evaluate(args.checkpoints[0], args.folder, **shared)))
-    return 0
-
-
-def add_compress_parser(subparsers: Any) -> None:
-    """Add `compress` to the subparsers of lic-fast."""
-    parser = subparsers.add_parser("compress", help="compress a photograph", description="Compress a photograph.")
-    _add_checkpoint(parser)
-    parser.add_argument("image", metavar="IMAGE", help="any picture that PIL reads; coded as 8-bit RGB")
-    parser.add_argument("out", metavar="OUT.licf", help="file to write")
-    parser.add_argument("--no-verify", action="store_true", help="do not decode the result before writing it")
-    parser.add_argument(
-        "--lof",
-        type=_budget,
-        metavar="BUDGET",
-        help="search for a better latent first (msp models), for so long: 30s, 2min, or 500it for so many steps; the "
-        "file is an ordinary one",
-    )
-    parser.add_argument(
-        "--lmbda", type=float, help="with --lof: weight of the distortion (default: that of the checkpoint's training)"
-    )
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    _add_device(parser, "cpu", ("auto", "cpu", "cuda"), "; a file decodes where it was made, one of msp anywhere")
-    _add_no_sma(parser)
-    parser.set_defaults(run=run_compress)
-
-
-def run_compress(args: argparse.Namespace) -> int:
-    """Write the container; print its bytes, rate and, once verified, PSNR. Raises TrainingError, ValueError."""
-    from lic_fast.training.data import load_rgb
-    from lic_fast.training.files import atomic_write
-    from lic_fast.training.image_codec import ImageCodec, psnr
-
-    if args.lmbda is not None and args.lof is None:
-        raise ValueError(f"compress: --lmbda is of --lof alone, got {args.lmbda:g}; pass --lof, for example --lof 30s")
-    pixels = load_rgb(Path(args.image))
-    codec = ImageCodec(args.checkpoint, device=args.device, slow=False if args.no_sma else None, command="compress")
-    y = None
-    if args.lof is not None:
-        found = codec.overfit(pixels, lmbda=args.lmbda, progress=not args.quiet, **args.lof)
-        y, change = found.y, 100 * (found.after.loss / found.before.loss - 1)
-        print(f"latent: cost {found.before.loss:.4f} -> {found.after.loss:.4f} ({change:+.1f} %), {found.steps} steps")
-    data, quality = codec.encode(pixels, y), "not verified"
-    if not args.no_verify:
-        data, decoded = codec.verified(pixels, data, y)
-        quality = f"{psnr(pixels, decoded):.2f} dB"
-    atomic_write(Path(args.out), data)
-    height, width = pixels.shape[:2]
-    bpp = 8 * len(data) / (height * width)
-    print(f"{args.out}: {len(data)} bytes, {bpp:.4f} bpp, {quality} ({width}x{height})")
-    return 0
-
-
-def add_decompress_parser(subparsers: Any) -> None:
-    """Add `decompress` to the subparsers of lic-fast."""
-    parser = subparsers.add_parser("decompress", help="decompress a .licf file", description="Decompress a .licf file.")
-    _add_checkpoint(parser)
-    parser.add_argument("stream", metavar="IN.licf", help="file that lic-fast compress wrote")
-    parser.add_argument("out", metavar="OUT.png", help="PNG to write")
-    _add_device(parser, "auto", ("auto", "cpu", "cuda"), ": auto is the kind of device that made the file")
-    parser.set_defaults(run=run_decompress)
-
-
-def run_decompress(args: argparse.Namespace) -> int:
-    """Write the picture as PNG. Raises BitstreamError (a ValueError), TrainingError and OSError."""
-    import io
-
-    from lic_fast.codec import unpack
-    from lic_fast.training.errors import optional_import
-    from lic_fast.training.evaluate import read_stream
-    from lic_fast.training.files import atomic_write
-    from lic_fast.training.image_codec import ImageCodec
-
-    if Path(args.out).suffix.lower() != ".png":
-        raise ValueError(f"decompress: the output is a PNG, got {args.out}; name it .png")
-    data = read_stream(Path(args.stream))
-    stream = unpack(data)
-    device = ("cuda" if stream.cuda else "cpu") if args.device == "auto" else args.device
-    pixels = ImageCodec(args.checkpoint, device=device, slow=stream.slow, command="decompress").decode(data)
-    buffer = io.BytesIO()
-    optional_import("PIL.Image").fromarray(pixels).save(buffer, format="PNG")
-    atomic_write(Path(args.out), buffer.getvalue())
-    print(f"{args.out}: {stream.width}x{stream.height} from {len(data)} bytes")
     return 0
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lic_fast.codec import BitstreamError, MSPCodec, Overfit, Stream, overfit, pack, unpack
+from lic_fast.codec import CDC, BitstreamError, MSPCodec, Overfit, Stream, overfit, pack, unpack
 from lic_fast.patch import KINDS, accelerate
 from lic_fast.training.checkpoint import load_checkpoint
 from lic_fast.training.config import from_dict
@@ -89,6 +89,7 @@ class ImageCodec:
             if device == "auto":
                 self.device = torch.device("cpu")
             _logger.warning("%s: %s codes one latent after another, on %s", command, self.config.model, self.device)
+        self._sampling: dict[str, Any] = {}
         self._prepare(checkpoint)
         own = getattr(self.model, "padding_multiple", None)
         self.multiple = own or max(64, getattr(self.model, "downsampling_factor", 64))
@@ -130,6 +131,34 @@ class ImageCodec:
         with _reproducible():
             return overfit(self.model, self._padded(pixels), lmbda=lmbda, size=pixels.shape[:2], **options)
 
+    def sampled_by(self, **settings: Any) -> None:
+        """From now on images are encoded to be sampled so: settings of CDC.sample(); None is the model's own.
+
+        Raises TrainingError for models that do not sample, and ValueError for settings out of range.
+        """
+        given = {name: value for name, value in settings.items() if value is not None}
+        if not given:
+            return
+        if not isinstance(self.model, CDC):
+            raise TrainingError(
+                f"{self.command}: {self.config.model} has no sampler, got {', '.join(given)}; these are of cdc models"
+            )
+        self.model.check_settings(self.command, **given)
+        self._sampling |= given
+
+    def sampling_of(self, data: bytes) -> dict[str, Any]:
+        """The settings by which the container `data` is sampled; of a model that does not sample, none.
+
+        Raises BitstreamError.
+        """
+        return self.model.settings_of(unpack(data).strings)[0]._asdict() if isinstance(self.model, CDC) else {}
+
+    def show_progress(self) -> None:
+        """A bar on stderr, where that is a terminal, for every image that is sampled. Raises ImportError for tqdm."""
+        if isinstance(self.model, CDC):
+            tqdm = optional_import("tqdm").tqdm
+            self.model.progress = lambda steps: tqdm(steps, desc="sampling", unit="step", leave=False, disable=None)
+
     def encode(self, pixels, y: Tensor | None = None) -> bytes:
         """The container of `pixels`, numpy [H, W, 3] uint8; of latent y where given, which overfit() found for them.
 
@@ -138,7 +167,10 @@ class ImageCodec:
         height, width = pixels.shape[:2]
         try:
             with _reproducible():
-                coded = self.model.compress(self._padded(pixels)) if y is None else self.model.compress_latent(y)
+                if y is None:
+                    coded = self.model.compress(self._padded(pixels), **self._sampling)
+                else:
+                    coded = self.model.compress_latent(y)
         except (AssertionError, IndexError, RuntimeError, ValueError) as error:
             raise TrainingError(
                 f"{self.command}: {self.config.model} cannot code this image ({_first_line(error)}); train it longer"
@@ -153,8 +185,11 @@ class ImageCodec:
         """(`data`, the container of `pixels`, with the CRC-32 of its decoded pixels added; those pixels).
 
         y: as encode() had it. Raises TrainingError where it decodes to more than 1 dB below what the model promises.
+        What one that samples promises is what it decodes: its latents carry a check of their own.
         """
         decoded = self.decode(data)
+        if isinstance(self.model, CDC):
+            return pack(dataclasses.replace(unpack(data), check=zlib.crc32(decoded.tobytes()))), decoded
         promised, got = self.estimate(pixels, y)[1], psnr(pixels, decoded)
         if got < promised - _VERIFY_DB:
             raise TrainingError(
@@ -241,7 +276,7 @@ class ImageCodec:
         with _reproducible():
             x = self._padded(pixels)
             if y is None:
-                output = getattr(self.model, "reconstruct", self.model)(x)  # of a model that decodes by sampling
+                output = getattr(self.model, "reconstruct", self.model)(x, **self._sampling)
             else:
                 output = self.model.decoded(y)
             bpp = RateDistortionLoss(1.0)(output, x, x.new_zeros(()))["bpp"].item()
