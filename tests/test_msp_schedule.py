@@ -111,3 +111,26 @@ def test_channel_groups_see_the_groups_before_them(scale: int) -> None:
     before, after = _parameters(model, y), _parameters(model, changed)
     assert torch.equal(before[first.index], after[first.index])
     assert not torch.equal(before[second.index], after[second.index])
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (5, 4), (9, 16)], ids=str)
+@torch.no_grad()
+def test_parameters_are_those_of_a_masked_convolution(shape: tuple[int, int]) -> None:
+    """As documented: the 5x5 kernel over what is known of a step's grid, a bias a phase, the head of the group."""
+    torch.manual_seed(0)
+    model = MSPEntropyModel(5, SMALL).double().eval()
+    network, width = model.network, model.profile.width
+    network.biases.normal_()
+    y = torch.randn(2, 5, *shape, dtype=torch.float64) * 4
+    for step, parameters in model.step_parameters(y):
+        known = torch.zeros_like(y)
+        for earlier in model.schedule.steps[: step.index]:
+            earlier.of(known).fill_(1)
+        grid, mask = (each[:, :, :: 1 << step.scale, :: 1 << step.scale] for each in (y, known))
+        values = torch.cat([grid * mask, grid.abs() * mask], 1)
+        state = torch.nn.functional.conv2d(values, network.kernel.flatten(1, 2), padding=2)
+        i, j = step.phase
+        phase = ((1, 1), (0, 1), (1, 0)).index(step.phase)
+        bias = network.biases[step.scale][phase * width : (phase + 1) * width]
+        expected = network.heads[step.group](state[:, :, i::2, j::2] + bias.view(-1, 1, 1))
+        torch.testing.assert_close(parameters, expected, rtol=1e-10, atol=1e-10)
