@@ -69,7 +69,7 @@ class OpSpec:
 
     def choose(self, device: str, dtype: torch.dtype) -> str:
         """The backend that runs this op on `device` with `dtype`; raises BackendError where none can."""
-        forced = _forced()
+        forced = asked_for()
         if forced is not None:
             reason = self.why_not(forced, device, dtype)
             if reason is not None:
@@ -113,7 +113,8 @@ def _checked(name: str | None, source: str) -> str | None:
     return name
 
 
-def _forced() -> str | None:
+def asked_for() -> str | None:
+    """The backend that was asked for by name, or None where the order decides."""
     with _lock:
         latest = max([*_blocks, *([_setting] if _setting else [])], key=lambda use: use.order, default=None)
     if latest is not None:
@@ -121,14 +122,9 @@ def _forced() -> str | None:
     return _checked(os.environ.get(ENVIRONMENT_VARIABLE), ENVIRONMENT_VARIABLE)
 
 
-def asked_for() -> str | None:
-    """The backend that was asked for by name, or None where the order decides."""
-    return _forced()
-
-
 def before_falling_back(op: str, reason: str) -> None:
     """Called where an implementation cannot take these very arguments: BackendError if it was asked for by name."""
-    forced = _forced()
+    forced = asked_for()
     if forced is not None:
         raise BackendError(f"{op}: backend {forced!r} was asked for and cannot run: {reason}")
 
@@ -196,7 +192,7 @@ def explain(op: str, device: str | torch.device | None = None, dtype: torch.dtyp
     kind, dtype = torch.device(device).type, dtype or spec.usual_dtype
     tried: Sequence[str] = [*spec.candidates(kind), *(b for b in BACKENDS if b not in spec.candidates(kind))]
     reasons = {backend: spec.why_not(backend, kind, dtype) for backend in tried}
-    forced = _forced()
+    forced = asked_for()
     if forced is not None:
         chosen = forced if reasons[forced] is None else None
     else:

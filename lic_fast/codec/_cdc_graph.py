@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._dispatch import _forced, explain
+from .._dispatch import asked_for, explain
 
 _MOST = 2  # recordings kept, each with memory of its own: for photographs that stand and that lie
 
@@ -37,7 +37,7 @@ def _modes() -> Hashable:
     """What decides, beside the arguments, which kernels run."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     fixed = torch.are_deterministic_algorithms_enabled()
-    return cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32, fixed, _forced()
+    return cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32, fixed, asked_for()
 
 
 class Recordings:

@@ -122,9 +122,7 @@ class MSPCodec(nn.Module):
         return _tiles.analyse(self.g_a, x, DOWNSAMPLING, self.tile)
 
     def _synthesis(self, y_hat: Tensor) -> Tensor:
-        if self.tile is None or torch.is_grad_enabled():
-            return self.g_s(y_hat)
-        return _Pixels(self.g_s, self.tile).of(y_hat)
+        return _Pixels(self.g_s, None if torch.is_grad_enabled() else self.tile).of(y_hat)
 
     def _checked(self, function: str, x: Tensor) -> Tensor:
         sides = x.shape[2:]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from compressai.ops import quantize_ste
 from torch import Tensor, nn
 
 from ..coding import MixtureTables, Tables, constant_tables, join_tables, mixture_tables
@@ -184,7 +185,7 @@ class MSPEntropyModel(nn.Module):
         packed: list[Tensor] = []
         y_hat = torch.empty_like(y, memory_format=torch.contiguous_format)
         if training:
-            quantize = _straight_through
+            quantize = quantize_ste
 
         def quantised(step: Step, means: Tensor, parameters: Tensor | None) -> Tensor:
             if parameters is not None:
@@ -357,11 +358,6 @@ class MSPEntropyModel(nn.Module):
     def _new_integers(self) -> nn.Module:
         made = IntegerContextNetwork(self.schedule, self.profile)
         return made.to(self.bottleneck.quantiles.device)
-
-
-def _straight_through(differences: Tensor) -> Tensor:
-    """Rounded, with the derivative 1."""
-    return differences + (differences.round() - differences).detach()
 
 
 def _kind(value: object) -> str:
