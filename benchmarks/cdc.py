@@ -2,7 +2,7 @@
 
 `lic-fast bench cdc --checkpoint run/checkpoint.pt --data PHOTOS`. Every photograph is coded to a real file for each
 number of steps and each deviation of the first noise, and decoded again: bytes, PSNR, MS-SSIM, LPIPS where its package
-and weights are at hand, a sliced Wasserstein distance of patches, and how much fine detail there is. Then a decode of
+and weights are at hand, sliced Wasserstein distances of patches, and how much fine detail there is. Then a decode of
 one image, interleaved with the same networks written in PyTorch's own operations. Rows go to cdc.csv, the plot of steps
 against quality to cdc.png; a grid of pictures goes to --pictures, since photographs are their owners'.
 """
@@ -35,13 +35,14 @@ from ._harness import OURS, Timing, collector_off
 from ._rows import RowsError, append, commit, default_output, device_name, now, read
 
 PHASES = ("quality", "decode")
-MEASURES = ("bpp", "psnr", "ms_ssim", "lpips", "swd", "detail")
+_DISTANCES = ("swd_fine", "swd_middle", "swd_coarse")
+MEASURES = ("bpp", "psnr", "ms_ssim", "lpips", *_DISTANCES, "detail")
 COLUMNS = ("kind", "model", "channels", "weights", "lmbda", "trained_steps", "image", "height", "width")
 COLUMNS += ("sampling_steps", "gamma", "eta", "seed", "bytes", *MEASURES, "backend", "median_ms", "p20_ms", "p80_ms")
 COLUMNS += ("repeats", "difference", "device", "threads", "torch", "lic_fast", "commit", "utc")
 _PANELS = {
-    "psnr": "PSNR [dB]", "ms_ssim": "MS-SSIM", "lpips": "LPIPS", "swd": "distance of patches",
-    "detail": "detail beside the original",
+    "psnr": "PSNR [dB]", "ms_ssim": "MS-SSIM", "lpips": "LPIPS", "swd_fine": "distance of fine patches",
+    "swd_coarse": "distance of coarse patches", "detail": "detail beside the original",
 }  # fmt: skip
 _ALLOWED = 1e-3  # between the textbook's image and ours, in [-1, 1]: fp32 over the steps
 
@@ -91,7 +92,8 @@ def quality(codec: ImageCodec, options: argparse.Namespace) -> list[dict[str, st
                 found = {
                     "bpp": 8 * len(data) / (height * width), "psnr": psnr(pixels, decoded),
                     "ms_ssim": _ms_ssim(pixels, decoded), "lpips": lpips_of(pixels, decoded),
-                    "swd": sliced_wasserstein(pixels, decoded), "detail": detail(pixels, decoded),
+                    "detail": detail(pixels, decoded),
+                    **dict(zip(_DISTANCES, sliced_wasserstein(pixels, decoded), strict=True)),
                 }  # fmt: skip
                 settings["sampling_steps"] = settings.pop("steps")
                 size = {"image": name, "height": height, "width": width, "bytes": len(data)}
@@ -118,9 +120,9 @@ def means(rows: Sequence[dict[str, str]]) -> dict[tuple[float, int], dict[str, f
 
 def table(rows: Sequence[dict[str, str]]) -> str:
     """The means over the photographs, in Markdown."""
-    heads = ("gamma", "steps", "bpp", "PSNR [dB]", "MS-SSIM", "LPIPS", "patches", "detail")
+    heads = ("gamma", "steps", "bpp", "PSNR [dB]", "MS-SSIM", "LPIPS", "fine", "middle", "coarse", "detail")
     lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
-    formats = ("{:.4f}", "{:.2f}", "{:.4f}", "{:.4f}", "{:.1f}", "{:.3f}")
+    formats = ("{:.4f}", "{:.2f}", "{:.4f}", "{:.4f}", "{:.1f}", "{:.1f}", "{:.1f}", "{:.3f}")
     for (gamma, steps), each in sorted(means(rows).items()):
         cells = ["" if each[n] is None else f.format(each[n]) for n, f in zip(MEASURES, formats, strict=True)]
         lines.append(f"| {gamma:g} | {steps} | {' | '.join(cells)} |")
