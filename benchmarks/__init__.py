@@ -25,6 +25,7 @@ OPS = (
     "integer_conv2d",
     "gdn",
     "channel_norm",
+    "linear_attention",
     "ddim_update",
     "q_sample",
     "mixture_rate",

@@ -8,7 +8,8 @@
 // the factor was not kept). Tiles of [S, C] are transposed on their way in and out.
 // A sum over positions is taken tile by tile within a group of tiles, one thread a group, then over the groups in
 // their order. Tiles and groups depend on shapes alone, so that no bit depends on the number of threads.
-#include "cpu/gdn_tiles.h"
+#include "cpu/channel_tiles.h"
+#include "cpu/gdn_loops.h"
 #include "cpu/parallel.h"
 
 namespace lic_fast {
@@ -90,29 +91,12 @@ Acc stored_gradient(Acc grad, Acc stored, Acc bound) {
 
 // ---- products
 
-// finish(i, m, j, n, sum, step) for every m rows and n columns of packed [C, C] times right [C, step].
-template <class Acc, class Finish>
-void multiply(int64_t C, const Acc* packed, const Acc* right, int64_t step, int64_t columns, const Finish& finish) {
-  const GemmKernels<Acc>& use = gemm_kernels<Acc>();
-  const int64_t panel = 3 * use.lanes;
-  Acc* sum = scratch().get<Acc>(kPanelSum, use.rows * panel);
-  for (int64_t j = 0; j < columns; j += panel) {
-    const int64_t n = std::min(panel, columns - j), vectors = divide_up(n, use.lanes);
-    for (int64_t i = 0; i < C; i += use.rows) {
-      const int64_t m = std::min(use.rows, C - i);
-      use.tile[vectors - 1](C, packed + i * C, use.rows, right + j, step, Acc(1), Acc(0), sum, panel, m,
-                            vectors * use.lanes);
-      finish(i, m, j, n, sum, panel);
-    }
-  }
-}
-
 // The factor of a tile from its magnitudes (in `squares`); x, where given, is multiplied by it. watch(i, m, j, n) is
 // called as the product comes to those rows and columns.
 template <class Acc, class Watch>
 void factor_of(const Tile& tile, const Parameters<Acc>& parameters, const Acc* squares, Acc* factor, Acc* x,
                const Watch& watch) {
-  multiply(tile.rows, parameters.packed, squares, tile.step, tile.columns,
+  multiply(tile.rows, tile.rows, parameters.packed, squares, tile.step, tile.columns,
            [&](int64_t i, int64_t m, int64_t j, int64_t n, const Acc* sum, int64_t sum_step) {
              watch(i, m, j, n);
              const Tile part{m, n, tile.step, tile.f64, tile.kind};
@@ -205,7 +189,7 @@ struct Backward {
     norm_gradients(tile, grads, values, factors, d_norm, d_beta);
     if (want_gamma) add_outer(tile, d_norm, values, factors, first, d_gamma);
     if (!d_x) return;
-    multiply(C, parameters.packed_back, d_norm, step, n,
+    multiply(C, C, parameters.packed_back, d_norm, step, n,
              [&](int64_t i, int64_t m, int64_t j, int64_t width, const Acc* sum, int64_t sum_step) {
                for (const T* next : {grad, x, factor}) ahead<false>(layout, next, begin + step + j, width, i, m);
                ahead<true>(layout, d_x, begin + j, width, i, m);
@@ -276,7 +260,7 @@ void backward(const Layout& layout, const Form& form, const Tensor& grad, const 
 
 Layout layout_of(const Tensor& x, const Tensor& beta, bool last) {
   const int64_t batch = x.size(0), C = beta.numel();
-  return {batch, C, batch && C ? x.numel() / (batch * C) : 0, last};
+  return dense(batch, C, batch && C ? x.numel() / (batch * C) : 0, last);
 }
 
 void check(const Tensor& x, std::initializer_list<const Tensor*> likes) {

@@ -183,16 +183,6 @@ LIC_FAST_INLINE void add_through_body(const Tile& t, const void* through, int64_
         : add_through_of<float>(t, through, through_step, x, d_x);
 }
 
-template <class Isa>
-LIC_FAST_INLINE void widen_body(const BFloat16* from, int64_t n, float* to) {
-  for (int64_t i = 0; i < n; ++i) to[i] = convert<float>(from[i]);
-}
-
-template <class Isa>
-LIC_FAST_INLINE void narrow_body(const float* from, int64_t n, BFloat16* to) {
-  for (int64_t i = 0; i < n; ++i) to[i] = convert<BFloat16>(from[i]);
-}
-
 LIC_FAST_SIMD_VARIANTS(magnitudes, (const Tile& t, const void* x, void* out), (t, x, out));
 LIC_FAST_SIMD_VARIANTS(to_factor,
                        (const Tile& t, const void* sum, int64_t step, const void* beta, void* factor, void* x),
@@ -202,13 +192,5 @@ LIC_FAST_SIMD_VARIANTS(norm_gradients,
                        (t, g, x, factor, d_norm, d_beta));
 LIC_FAST_SIMD_VARIANTS(add_through, (const Tile& t, const void* through, int64_t step, const void* x, void* d_x),
                        (t, through, step, x, d_x));
-LIC_FAST_SIMD_VARIANTS(widen, (const BFloat16* from, int64_t n, float* to), (from, n, to));
-LIC_FAST_SIMD_VARIANTS(narrow, (const float* from, int64_t n, BFloat16* to), (from, n, to));
-
-// Rows of any dtype to and from the dtype of the arithmetic.
-inline void convert_row(const float* from, int64_t n, float* to) { std::memcpy(to, from, n * sizeof(float)); }
-inline void convert_row(const double* from, int64_t n, double* to) { std::memcpy(to, from, n * sizeof(double)); }
-inline void convert_row(const BFloat16* from, int64_t n, float* to) { widen(from, n, to); }
-inline void convert_row(const float* from, int64_t n, BFloat16* to) { narrow(from, n, to); }
 
 }  // namespace lic_fast

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..functional import channel_norm
+from ..functional import channel_norm, linear_attention_context
 
 _EPS = 1e-5
 _SLOPE = 0.2
@@ -16,6 +16,11 @@ LARGE = 7
 
 def leaky(x: Tensor) -> Tensor:
     return F.leaky_relu(x, _SLOPE)
+
+
+def _plus(y: Tensor, x: Tensor) -> Tensor:
+    """y + x; in y's memory, which is new and nobody else's, where the sum has its dtype."""
+    return y.add_(x) if y.dtype == x.dtype else y + x
 
 
 class ChannelNorm(nn.Module):
@@ -58,7 +63,7 @@ class ResidualBlock(nn.Module):
     def _rest(self, h: Tensor, skipped: Tensor, time: Tensor | None) -> Tensor:
         shift = None if self.time is None else self.time(leaky(time)).to(h.dtype)
         h = self.norm1(h, shift, relu=True)
-        return self.norm2(self.conv2(h), relu=True) + skipped
+        return _plus(self.norm2(self.conv2(h), relu=True), skipped)
 
     def part(self, condition: Tensor) -> tuple[Tensor, Tensor]:
         """What the channels that stand last, condition [B, c, H, W], add to the first convolution and to the skip.
@@ -97,19 +102,15 @@ class LinearAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         c, normed = x.shape[1], self.norm(x)
-        q, k, v = self.qkv.weight.flatten(1).split(c)
-        last = not normed.is_contiguous()
-        if last:  # channels-last: places are rows, and the result is so too
+        keys, values = F.conv2d(normed, self.qkv.weight[c:]).split(c, 1)
+        q = self.qkv.weight[:c].flatten(1) * c**-0.5
+        mixed = self.out.weight.flatten(1) @ linear_attention_context(keys, values) @ q
+        if len(x) == 1:
+            return _plus(F.conv2d(normed, mixed[0, :, :, None, None], self.out.bias), x)
+        if normed.is_contiguous():
+            y = torch.matmul(mixed, normed.flatten(2)).add_(self.out.bias[:, None]).unflatten(2, x.shape[2:])
+        else:  # channels-last: places are rows, and the result is so too
             places = normed.permute(0, 2, 3, 1).flatten(1, 2)
-            keys, values = F.linear(places, k), F.linear(places, v)
-            mixed = torch.matmul(values.transpose(1, 2), keys.softmax(1))
-        else:
-            places = normed.flatten(2)
-            keys, values = torch.matmul(torch.cat([k, v]), places).split(c, 1)
-            mixed = torch.matmul(values, keys.softmax(2).transpose(1, 2))
-        mixed = self.out.weight.flatten(1) @ mixed @ (q * c**-0.5)
-        if last:
-            y = torch.matmul(places, mixed.transpose(1, 2)).add_(self.out.bias).transpose(1, 2)
-        else:
-            y = torch.matmul(mixed, places).add_(self.out.bias[:, None])
-        return x + y.unflatten(2, x.shape[2:])
+            y = torch.matmul(places, mixed.transpose(1, 2)).add_(self.out.bias)
+            y = y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+        return _plus(y, x)

@@ -154,6 +154,7 @@ class Denoiser(nn.Module):
             self.up[-1]["resample"] = nn.ConvTranspose2d(b, b, 4, 2, 1)
         self.norm = ChannelNorm(levels[0])
         self.out = nn.Conv2d(levels[0], 3, LARGE, padding=LARGE // 2)
+        self.to(memory_format=torch.channels_last)  # as convolutions want them, which copy them otherwise each time
 
     @staticmethod
     def _level(channels: int, out: int, time: int, large: bool = False) -> nn.ModuleDict:

@@ -1,5 +1,6 @@
 """The public stateless API."""
 
+from .attention import linear_attention, linear_attention_context
 from .coding import ans_decode_, ans_encode, ans_pack
 from .context import context_conv, context_conv_pack
 from .diffusion import ddim_update, q_sample, q_sample_loss
@@ -42,6 +43,8 @@ __all__ = [
     "integer_conv2d",
     "integer_conv2d_pack",
     "laplace_rate",
+    "linear_attention",
+    "linear_attention_context",
     "logistic_rate",
     "mixture_parameters",
     "mixture_rate",
