@@ -120,9 +120,9 @@ def linear_attention_context_kernel(
     if WHOLE:
         tl.store(context_ptr + image * V * K + at, acc / total[:, None], mask=mask)
         if tile_v == 0:
-            ends = statistics_ptr + image * 2 * K + i
-            tl.store(ends, _shift(most), mask=i < K)
-            tl.store(ends + K, total, mask=i < K)
+            statistics = statistics_ptr + image * 2 * K + i
+            tl.store(statistics, _shift(most), mask=i < K)
+            tl.store(statistics + K, total, mask=i < K)
     else:
         partial = partial_ptr + part * (V + 2) * K
         tl.store(partial + at, acc, mask=mask)
@@ -165,9 +165,9 @@ def linear_attention_context_finish_kernel(
         acc += tl.sum(share * tl.load(partial + at + row % V * K, mask=mask, other=0.0), 0)
     tl.store(context_ptr + row * K + k, acc / total, mask=k < K)
     if row % V == 0:
-        ends = statistics_ptr + image * 2 * K + k
-        tl.store(ends, shift, mask=k < K)
-        tl.store(ends + K, total, mask=k < K)
+        statistics = statistics_ptr + image * 2 * K + k
+        tl.store(statistics, shift, mask=k < K)
+        tl.store(statistics + K, total, mask=k < K)
 
 
 @triton.jit

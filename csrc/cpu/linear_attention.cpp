@@ -17,6 +17,7 @@ using gemm_detail::divide_up;
 
 constexpr int64_t kPlaces = 128;                          // of a tile, forward
 constexpr int64_t kPiecePlaces = 1024, kMostPieces = 64;  // of an image; of all images
+constexpr int64_t kPiecesBytes = 64 << 20;                // of all pieces' sums, where there is more than one an image
 constexpr int64_t kTileBytes = 96 << 10;                  // of a tile [channels, step], backward
 constexpr double kThreadWork = 1 << 18;                   // multiply-adds that are worth another thread
 
@@ -33,13 +34,13 @@ int64_t grain(const Layout& k, const Layout& v, int64_t places) {
 struct Pieces {
   int64_t count, places, width, size;  // of an image; of a piece; of a row; numbers of one piece
 
-  Pieces(const Layout& k, const Layout& v) {
-    const int64_t most = std::max<int64_t>(1, kMostPieces / std::max<int64_t>(1, k.batch));
-    const int64_t wanted = std::clamp<int64_t>(k.positions / kPiecePlaces, 1, most);
-    places = divide_up(divide_up(k.positions, wanted), kPlaces) * kPlaces;
-    count = divide_up(k.positions, places);
+  Pieces(const Layout& k, const Layout& v, int64_t bytes) {  // bytes: of a number
     width = lanes_up(k.channels);
     size = (v.channels + 2) * width;
+    const int64_t most = std::min(kMostPieces, kPiecesBytes / (size * bytes)) / std::max<int64_t>(1, k.batch);
+    const int64_t wanted = std::clamp<int64_t>(k.positions / kPiecePlaces, 1, std::max<int64_t>(1, most));
+    places = divide_up(divide_up(k.positions, wanted), kPlaces) * kPlaces;
+    count = divide_up(k.positions, places);
   }
 };
 
@@ -149,7 +150,7 @@ void forward(const Layout& k, const Layout& v, const Tensor& keys, const Tensor&
     std::fill_n(ends, k.batch * 2 * K, Acc(0));
     return;
   }
-  const Pieces p(k, v);
+  const Pieces p(k, v, sizeof(Acc));
   const std::unique_ptr<Acc[]> pieces(new Acc[k.batch * p.count * p.size]);
   torch::stable::parallel_for(0, k.batch * p.count, grain(k, v, p.places), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
