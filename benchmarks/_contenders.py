@@ -6,10 +6,11 @@ import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import explain, use_backend
 from ._harness import OURS
@@ -54,3 +55,16 @@ def forget_compiled() -> None:
     """Drops what torch.compile has made: without it a later group would meet the limit on recompilations."""
     if "torch._dynamo" in sys.modules:  # else nothing was compiled, and the reset would import it
         torch.compiler.reset()
+
+
+def step(function: Callable[..., Tensor], values: Sequence[Tensor], grad: Tensor | None) -> Callable[[], list[Tensor]]:
+    """One run: [y], and with `grad`, of y, the gradients of all values after it."""
+    if grad is None:
+        return lambda: [function(*values)]
+    leaves = [t.detach().requires_grad_() for t in values]
+
+    def run() -> list[Tensor]:
+        y = function(*leaves)
+        return [y.detach(), *torch.autograd.grad(y, leaves, grad.to(y.dtype))]
+
+    return run

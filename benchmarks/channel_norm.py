@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import functional
-from ._contenders import DTYPES, backends, compile_why_not, compiled, forced, forget_compiled
+from ._contenders import DTYPES, backends, compile_why_not, compiled, forced, forget_compiled, step
 from ._harness import OURS, Case, Expected, Group, Settings, magnitude
 
 # [B, C, H, W]: the first, third and last level of CDC's U-Net for a crop of 256
@@ -38,19 +38,6 @@ def _ours(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor) -> Tensor:
     return functional.channel_norm(x, weight, bias, shift=shift, relu=True)
 
 
-def _step(function: Callable[..., Tensor], values: Sequence[Tensor], grad: Tensor | None) -> Callable[[], list[Tensor]]:
-    """One run: y, and with `grad` the gradients of all values."""
-    if grad is None:
-        return lambda: [function(*values)]
-    leaves = [t.detach().clone().requires_grad_() for t in values]
-
-    def run() -> list[Tensor]:
-        y = function(*leaves)
-        return [y.detach(), *torch.autograd.grad(y, leaves, grad.to(y.dtype))]
-
-    return run
-
-
 def _group(shape: Sequence[int], dtype: str, last: bool, trained: bool, settings: Settings) -> Group:
     values, grad = _inputs(shape, DTYPES[dtype], last, settings.device)
     if trained:  # a value next to zero may fall on either side of it, and its gradient with it
@@ -64,15 +51,15 @@ def _group(shape: Sequence[int], dtype: str, last: bool, trained: bool, settings
         return Case(backend, run, list, moved, flops)
 
     usable, left_out = backends("channel_norm", settings.device, x.dtype)
-    cases = [case(OURS + b, forced(b, _step(_ours, values, given))) for b in usable]
-    cases.append(case("eager", _step(plain, values, given)))
+    cases = [case(OURS + b, forced(b, step(_ours, values, given))) for b in usable]
+    cases.append(case("eager", step(plain, values, given)))
     reason = compile_why_not(settings.device)
     if reason is None:
-        cases.append(case("torch.compile", _step(compiled(plain), values, given)))
+        cases.append(case("torch.compile", step(compiled(plain), values, given)))
     else:
         left_out["torch.compile"] = reason
-    exact = _step(plain, [t.double() for t in values], given if given is None else given.double())()
-    eager = _step(plain, values, given)()
+    exact = step(plain, [t.double() for t in values], given if given is None else given.double())()
+    eager = step(plain, values, given)()
     return Group(
         op="channel_norm",
         case=f"{'forward and backward' if trained else 'forward'}, {'channels_last' if last else 'contiguous'}",

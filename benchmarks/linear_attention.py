@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import functional
-from ._contenders import DTYPES, backends, compile_why_not, compiled, forced, forget_compiled
+from ._contenders import DTYPES, backends, compile_why_not, compiled, forced, forget_compiled, step
 from ._harness import OURS, Case, Expected, Group, Settings, magnitude
 
 # [B, C, H, W] of k and of v: the first, third and last level of CDC's U-Net for a crop of 256
@@ -29,19 +29,6 @@ def _inputs(shape: Sequence[int], dtype: torch.dtype, last: bool, device: torch.
 def plain(k: Tensor, v: Tensor) -> Tensor:
     """In PyTorch's own operations, in k's dtype."""
     return torch.matmul(v.flatten(2), k.flatten(2).softmax(2).transpose(1, 2))
-
-
-def _step(function: Callable[..., Tensor], values: Sequence[Tensor], grad: Tensor | None) -> Callable[[], list[Tensor]]:
-    """One run: the context, and with `grad` the gradients of k and v."""
-    if grad is None:
-        return lambda: [function(*values)]
-    leaves = [t.detach().requires_grad_() for t in values]
-
-    def run() -> list[Tensor]:
-        y = function(*leaves)
-        return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
-
-    return run
 
 
 def _scales(k: Tensor, v: Tensor, grad: Tensor) -> list[float]:
@@ -66,15 +53,15 @@ def _group(shape: Sequence[int], dtype: str, last: bool, trained: bool, settings
 
     usable, left_out = backends("linear_attention_context", settings.device, k.dtype)
     ours = functional.linear_attention_context
-    cases = [case(OURS + b, forced(b, _step(ours, values, given))) for b in usable]
-    cases.append(case("eager", _step(plain, values, given)))
+    cases = [case(OURS + b, forced(b, step(ours, values, given))) for b in usable]
+    cases.append(case("eager", step(plain, values, given)))
     reason = compile_why_not(settings.device)
     if reason is None:
-        cases.append(case("torch.compile", _step(compiled(plain), values, given)))
+        cases.append(case("torch.compile", step(compiled(plain), values, given)))
     else:
         left_out["torch.compile"] = reason
-    exact = _step(plain, [t.double() for t in values], given if given is None else given.double())()
-    eager = _step(plain, values, given)()
+    exact = step(plain, [t.double() for t in values], given if given is None else given.double())()
+    eager = step(plain, values, given)()
     return Group(
         op="linear_attention",
         case=f"{'forward and backward' if trained else 'forward'}, {'channels_last' if last else 'contiguous'}",

@@ -9,6 +9,9 @@
 
 namespace lic_fast {
 
+constexpr int64_t kTileBytes = 96 << 10;  // of one tile [C, step]; backward holds four, gamma and its gradient in L2
+constexpr int64_t kMostPanels = 6;
+
 enum Slot : int {
   kX = Workspace::kFirstFree,
   kGrad,
@@ -57,6 +60,13 @@ inline Workspace& scratch() {
 
 inline Layout dense(int64_t batch, int64_t channels, int64_t positions, bool last) {
   return {batch, channels, positions, last, channels * positions, last ? channels : positions};
+}
+
+// The columns of a tile: whole panels.
+template <class T>
+int64_t tile_step(int64_t channels) {
+  const int64_t panel = 3 * gemm_kernels<T>().lanes;
+  return panel * std::clamp<int64_t>(kTileBytes / (channels * panel * static_cast<int64_t>(sizeof(T))), 1, kMostPanels);
 }
 
 // Calls body(element, at, length) for each stretch of columns in one image: its first element in channel 0, its place

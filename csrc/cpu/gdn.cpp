@@ -17,8 +17,7 @@ namespace {
 
 using gemm_detail::divide_up;
 
-constexpr int64_t kTileBytes = 96 << 10;  // of one tile [C, step]; backward holds four, gamma and its gradient in L2
-constexpr int64_t kMostPanels = 6, kGroups = 64, kGroupColumns = 256;
+constexpr int64_t kGroups = 64, kGroupColumns = 256;
 constexpr double kThreadWork = 1 << 18;  // multiply-adds that are worth another thread
 
 struct Form {
@@ -30,12 +29,6 @@ struct Form {
     return inverse ? kSqrt : kRsqrt;
   }
 };
-
-template <class T>
-int64_t tile_step(int64_t channels) {
-  const int64_t panel = 3 * gemm_kernels<T>().lanes;
-  return panel * std::clamp<int64_t>(kTileBytes / (channels * panel * static_cast<int64_t>(sizeof(T))), 1, kMostPanels);
-}
 
 int64_t grain(int64_t channels, int64_t columns) {
   return std::max<int64_t>(1, static_cast<int64_t>(kThreadWork / (static_cast<double>(channels) * channels * columns)));

@@ -18,7 +18,6 @@ using gemm_detail::divide_up;
 constexpr int64_t kPlaces = 128;                          // of a tile, forward
 constexpr int64_t kPiecePlaces = 1024, kMostPieces = 64;  // of an image; of all images
 constexpr int64_t kPiecesBytes = 64 << 20;                // of all pieces' sums, where there is more than one an image
-constexpr int64_t kTileBytes = 96 << 10;                  // of a tile [channels, step], backward
 constexpr double kThreadWork = 1 << 18;                   // multiply-adds that are worth another thread
 
 int64_t lanes_up(int64_t n) { return divide_up(n, 16) * 16; }  // whole vectors of any instruction set
@@ -201,19 +200,13 @@ struct Backward {
   }
 };
 
-template <class Acc>
-int64_t backward_step(int64_t channels) {
-  const int64_t panel = 3 * gemm_kernels<Acc>().lanes;
-  return panel * std::clamp<int64_t>(kTileBytes / (channels * panel * static_cast<int64_t>(sizeof(Acc))), 1, 6);
-}
-
 template <class T, class Acc>
 void backward(Backward<T, Acc> pass, const Tensor& grad) {
   const GemmKernels<Acc>& use = gemm_kernels<Acc>();
   const int64_t K = pass.k.channels, V = pass.v.channels, N = pass.k.positions;
   const int64_t up_k = divide_up(K, use.rows) * use.rows, up_v = divide_up(V, use.rows) * use.rows;
   const std::unique_ptr<Acc[]> packed(new Acc[up_v * K + up_k * V]);
-  pass.step = backward_step<Acc>(std::max(K, V));
+  pass.step = tile_step<Acc>(std::max(K, V));
   pass.packed = packed.get();
   pass.packed_transposed = packed.get() + up_v * K;
   for (int64_t b = 0; b < pass.k.batch; ++b) {

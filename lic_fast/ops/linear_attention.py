@@ -56,10 +56,6 @@ def _backward_by(kernel: Callable[..., None]) -> Callable[..., tuple[Tensor, Ten
     return run
 
 
-def _reference_forward(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    return reference.linear_attention_context(k, v)
-
-
 def _reference_backward(grad: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
     d_k, d_v = reference.linear_attention_context_bwd(grad, k, v, *rest)
     return _room(k).copy_(d_k), _room(v).copy_(d_v)
@@ -87,7 +83,7 @@ def _spec(name: str, wrap: Callable[..., Any], plain: Callable[..., Any]) -> OpS
     return register(OpSpec(name, impls, {"cpu": ("cpp", "reference"), "cuda": ("triton", "cuda", "reference")}))
 
 
-FORWARD = _spec("linear_attention_context", _forward_by, _reference_forward)
+FORWARD = _spec("linear_attention_context", _forward_by, reference.linear_attention_context)
 BACKWARD = _spec("linear_attention_context_bwd", _backward_by, _reference_backward)
 
 
